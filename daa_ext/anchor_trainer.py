@@ -1,0 +1,191 @@
+"""Stage 1 in the host's trainer: a moment for an optimizer, an anchor for a model."""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers.utils import logging
+
+from daa_ext.artifact import Manifest, check_writable, describe, is_anchor, write_anchor
+from daa_ext.estimator import MomentEstimator, estimates
+from daa_ext.fingerprint import model_fingerprint
+from daa_ext.lowrank import AnchorTerm, compress
+from daa_ext.report import versions, write_report
+from daa_ext.trainer import DaaTrainerMixin, read_checkpoint_state
+
+logger = logging.get_logger(__name__)
+
+
+class AnchorTrainerMixin(DaaTrainerMixin):
+    """Reads the general data with learning rate 0 and writes the folder `daa_anchor`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = self.daa_run.settings
+        self.folder = Path(settings.daa_anchor)
+        self.seen = {"samples": 0, "tokens": 0}
+        if is_anchor(self.folder) and not getattr(self.args, "overwrite_output_dir", False):
+            raise ValueError(
+                f"daa_anchor={self.folder} holds an anchor already. Use it (daa_stage: anneal), "
+                "name another folder, or set overwrite_output_dir: true to replace it."
+            )
+        if self.folder.exists() and not is_anchor(self.folder) and any(self.folder.iterdir()):
+            raise ValueError(
+                f"daa_anchor={self.folder} is a folder with other files: name another."
+            )
+        if self.args.load_best_model_at_end or self.args.push_to_hub:
+            raise ValueError(
+                "daa_stage=anchor writes no model: load_best_model_at_end and push_to_hub have "
+                "no effect. Remove them."
+            )
+        check_writable(self.folder, "daa_anchor")
+        check_writable(Path(self.args.output_dir), "output_dir")
+        if self.args.num_train_epochs > 1 and self.args.max_steps < 0:
+            logger.warning(
+                f"num_train_epochs={self.args.num_train_epochs}: the weights do not move, so "
+                "another epoch sees the same gradients again. num_train_epochs: 1 is enough."
+            )
+        self.base_fingerprint = model_fingerprint(self.trainable())
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            parameters = [parameter for _, parameter in self.trainable()]
+            self.optimizer = MomentEstimator(parameters, self.daa_run.settings.daa_anchor_beta)
+        return self.optimizer
+
+    def clip_threshold(self, asked: float) -> float:
+        return float("inf")  # the anchor is the mean of the gradients as they are
+
+    def resume(self, checkpoint: str) -> None:
+        state = read_checkpoint_state(checkpoint, self._settings_of_the_estimate())
+        self.seen = state["seen"]
+        self.daa_guard.skipped = state["skipped"]
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.seen["samples"] += len(inputs["labels"])
+        self.seen["tokens"] += int((inputs["labels"] != -100).sum())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def begin(self) -> None:
+        self.estimating_since = time.perf_counter()
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        return {
+            "seen": self.seen,
+            "skipped": self.daa_guard.skipped,
+            **self._settings_of_the_estimate(),
+        }
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the anchor; a checkpoint's folder gets the optimizer's state alone, no weights."""
+        if _internal_call:
+            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            return
+        seconds = {"estimate": time.perf_counter() - self.estimating_since}
+        seen = self._total_seen()
+        if self.is_world_process_zero():
+            self._write(seconds, seen)
+        report = self.common_report()
+        if self.is_world_process_zero():
+            self._report(report)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The weights are the base model's, before and after: a checkpoint holds none."""
+
+    def _write(self, seconds: dict[str, float], seen: Mapping[str, int]) -> None:
+        started = time.perf_counter()
+        terms: dict[str, AnchorTerm] = {}
+        entries: dict[str, dict[str, Any]] = {}
+        settings = self.daa_run.settings
+        estimator = self.inner_optimizer()
+        assert isinstance(estimator, MomentEstimator)
+        named = self.trainable()
+        for name, gradient in tqdm(
+            estimates(estimator, named), desc="Compressing the anchor", total=len(named)
+        ):
+            terms[name], energy = compress(gradient, settings.daa_rank, self.args.seed)
+            entries[name] = describe(terms[name], tuple(gradient.shape), energy)
+        norm = sum(entry["norm"] ** 2 for entry in entries.values()) ** 0.5
+        if norm == 0.0:
+            raise ValueError(
+                f"The mean gradient of {self.daa_run.datasets} is zero: nothing to anchor to. "
+                "Check that its samples have answers (labels)."
+            )
+        seconds["factorize"] = time.perf_counter() - started
+        self.manifest = Manifest(
+            base_model=self.daa_run.base_model,
+            base_fingerprint=self.base_fingerprint,
+            datasets=self.daa_run.datasets,
+            data_fingerprint=data_fingerprint(self.train_dataset),
+            template=self.daa_run.template,
+            cutoff_len=self.daa_run.cutoff_len,
+            host_stage=self.daa_run.host_stage,
+            steps=estimator.good_steps,
+            skipped_steps=len(self.daa_guard.skipped),
+            samples=seen["samples"],
+            tokens=seen["tokens"],
+            beta=settings.daa_anchor_beta,
+            rank=settings.daa_rank,
+            seed=self.args.seed,
+            norm=norm,
+            seconds=seconds,
+            versions=versions(),
+            tensors=entries,
+        )
+        write_anchor(self.folder, terms, self.manifest)
+        self.anchor_bytes = sum(term.nbytes for term in terms.values())
+
+    def _report(self, common: dict[str, Any]) -> None:
+        manifest = self.manifest
+        write_report(
+            Path(self.args.output_dir),
+            {
+                "stage": "anchor",
+                "daa_anchor": str(self.folder),
+                "total_steps": self.state.max_steps,
+                "anchored_params": common["trainable_params"],
+                "anchor_bytes_total": self.anchor_bytes,
+                "anchor_norm": manifest.norm,
+                "samples": manifest.samples,
+                "tokens": manifest.tokens,
+                "seconds": manifest.seconds,
+                **common,
+            },
+        )
+        logger.warning(
+            f"Anchor written to {self.folder}: {manifest.steps} steps, {manifest.samples} "
+            f"samples, norm {manifest.norm:.4g}, {self.anchor_bytes / 2**20:.1f} MiB."
+        )
+
+    def _settings_of_the_estimate(self) -> dict[str, Any]:
+        settings = self.daa_run.settings
+        return {
+            "stage": "anchor",
+            "daa_anchor_beta": settings.daa_anchor_beta,
+            "datasets": self.daa_run.datasets,
+            "base_fingerprint": self.base_fingerprint,
+        }
+
+    def _total_seen(self) -> dict[str, int]:
+        counts = torch.tensor([list(self.seen.values())], device=self.args.device)
+        return dict(zip(self.seen, self.accelerator.gather(counts).sum(0).tolist(), strict=True))
+
+
+def data_fingerprint(dataset: Any) -> str:
+    """SHA-256 of the tokens and labels that a run reads, in the data set's order.
+
+    A streamed data set cannot be read twice: its fingerprint is "streamed".
+    """
+    if not hasattr(dataset, "__len__"):
+        return "streamed"
+    digest = hashlib.sha256()
+    for row in dataset:
+        for key in ("input_ids", "labels"):
+            digest.update(np.asarray(row.get(key, ()), dtype=np.int64).tobytes() + key.encode())
+    return digest.hexdigest()

@@ -1,0 +1,190 @@
+"""Stage 2: the anchor in every step of the optimizer that the user chose (paper, sec. 3.2 to 3.4).
+
+`AnchoredOptimizer` is no optimizer of its own. It hangs on an existing Adam by the two hooks
+that torch offers (`register_step_pre_hook`, `register_step_post_hook`), which survive every
+wrapper of the hosts: before the step it measures s_t, blends the gradients and scales
+lr, eps and weight decay; after the step it puts these settings back.
+
+    law                                                       proved in
+    daa_k0 = 0 and daa_dc = false: bitwise the plain step     tests/test_laws.py (law 1)
+    dense anchor: the equations written out                   tests/test_laws.py (law 2)
+    elements touched at the first step = elements anchored    tests/test_anchored.py (law 6)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from daa_ext.blend import clipped_blend
+from daa_ext.correction import StepScale, correction, similarity, step_scale
+from daa_ext.lowrank import AnchorTerm
+from daa_ext.schedule import gamma
+
+
+@dataclass(frozen=True)
+class AnnealRule:
+    """The settings of the method and of the host that a step needs."""
+
+    total_steps: int  # T
+    k0: float
+    c0: float
+    gga: bool
+    dc: bool
+    max_norm: float  # the host's clipping threshold, <= 0: none
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step measured and did."""
+
+    step: int  # t
+    similarity: float
+    correction: float  # 1.0 with daa_dc: false
+    gamma: float
+    domain_grad_norm: float  # ||g_D||, before any clipping
+    effective_lr: float  # eta_t / sqrt(c_t) of the first parameter group
+
+
+@dataclass
+class Piece:
+    """One trainable parameter and its anchor."""
+
+    name: str
+    parameter: Tensor
+    term: AnchorTerm
+
+
+def pair(named: Sequence[tuple[str, Tensor]], terms: Mapping[str, AnchorTerm]) -> list[Piece]:
+    """The pieces of a model whose parameters' names and shapes match the anchor's."""
+    assert {name for name, _ in named} == terms.keys()
+    return [Piece(name, parameter, terms[name]) for name, parameter in named]
+
+
+class AnchoredOptimizer:
+    """Brings the anchor to `optimizer`.
+
+    Per step: the caller says which step it is and what the host did to the gradient (`arm`),
+    then the host calls `optimizer.step()`. A step that was not armed is an error, so a host
+    that changes its order of calls cannot turn the method off unseen.
+
+    Args:
+        optimizer: any Adam with `lr`, `eps`, `weight_decay` in its parameter groups and
+            decoupled decay.
+        pieces: every parameter that trains, once.
+        rule: settings.
+
+    Raises:
+        ValueError: the anchor is zero, or `optimizer` has no eps to correct.
+    """
+
+    def __init__(self, optimizer: Optimizer, pieces: list[Piece], rule: AnnealRule) -> None:
+        self.rule = rule
+        self.pieces = pieces
+        self.anchor_norm = sum(piece.term.norm() ** 2 for piece in pieces) ** 0.5
+        self.anchored_elements = 0
+        self.last: StepRecord | None = None
+        self._armed: tuple[int, float] | None = None
+        self._saved: list[dict[str, float]] = []
+        if self.anchor_norm == 0.0:
+            raise ValueError("The anchor is zero: it has nothing to hold on to. Build it anew.")
+        if rule.dc and any("eps" not in group for group in optimizer.param_groups):
+            raise ValueError(
+                f"daa_dc=true needs an Adam, and {type(optimizer).__name__} has no eps. "
+                "Set optim: adamw_torch (or _fused, adamw_8bit) or daa_dc: false."
+            )
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of anchor resident on this rank."""
+        return sum(piece.term.nbytes for piece in self.pieces)
+
+    def arm(self, step: int, domain_norm: float) -> None:
+        """Announce optimizer step t = `step` whose whole-batch gradient has norm `domain_norm`.
+
+        Args:
+            step: 0 <= t < T.
+            domain_norm: ||g_D||, finite, before the host's clipping.
+        """
+        self._armed = (step, domain_norm)
+
+    def skip(self) -> None:
+        """Announce a step without gradients: the optimizer has nothing to do and nor have we."""
+        self._armed = None
+        assert all(piece.parameter.grad is None for piece in self.pieces)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        grads = [(piece, piece.parameter.grad) for piece in self.pieces]
+        present = [(piece, grad.view(-1)) for piece, grad in grads if grad is not None]
+        if not present and self._armed is None:
+            return
+        assert self._armed is not None, "optimizer.step() without arm(): DAA would not run"
+        self._check_coverage(present)
+        step, domain_norm = self._armed
+        self._armed = None
+
+        seen_norm, seen_inner = _norm_and_inner(present)
+        host_clip = seen_norm / domain_norm if domain_norm > 0.0 else 1.0
+        inner = seen_inner / host_clip if host_clip > 0.0 else 0.0
+        s = similarity(inner, domain_norm, self.anchor_norm)
+        share = gamma(step, self.rule.total_steps, self.rule.k0) if self.rule.gga else 0.0
+        if share > 0.0:
+            blend = clipped_blend(
+                share,
+                domain_norm=domain_norm,
+                anchor_norm=self.anchor_norm,
+                inner=inner,
+                host_clip=host_clip if host_clip > 0.0 else 1.0,
+                max_norm=self.rule.max_norm,
+            )
+            for piece, grad in present:
+                piece.term.blend_(grad, 0, blend.domain, blend.anchor)
+        c = correction(s, self.rule.c0) if self.rule.dc else 1.0
+        if self.rule.dc:
+            self._scale(optimizer, step_scale(c))
+        learning_rate = float(optimizer.param_groups[0]["lr"])
+        self.last = StepRecord(step, s, c, share, domain_norm, learning_rate)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group, saved in zip(optimizer.param_groups, self._saved, strict=False):
+            group.update(saved)
+        self._saved = []
+
+    def _scale(self, optimizer: Optimizer, scale: StepScale) -> None:
+        for group in optimizer.param_groups:
+            self._saved.append({key: group[key] for key in ("lr", "eps", "weight_decay")})
+            group["lr"] *= scale.lr
+            group["eps"] *= scale.eps
+            group["weight_decay"] *= scale.weight_decay
+
+    def _check_coverage(self, present: list[tuple[Piece, Tensor]]) -> None:
+        """At the first step: every anchored parameter must have a gradient to be anchored."""
+        if self.anchored_elements:
+            return
+        reached = {piece.name for piece, _ in present}
+        missing = [p.name for p in self.pieces if p.name not in reached and p.term.norm() > 0.0]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} anchored parameters have no gradient at the first step, such as "
+                f"{missing[0]}: DAA would not act on them. Freeze nothing that the anchor holds, "
+                "and do not hand the gradients to another optimizer."
+            )
+        self.anchored_elements = sum(grad.numel() for _, grad in present)
+
+
+def _norm_and_inner(present: list[tuple[Piece, Tensor]]) -> tuple[float, float]:
+    """||g|| and <g, g_hat> of the gradients as they are now; fp32 products, fp64 sums."""
+    device = present[0][1].device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for piece, grad in present:
+        flat = grad.float()
+        sums[0] += torch.dot(flat, flat)
+        sums[1] += piece.term.inner(flat)
+    squared, inner = sums.tolist()  # the one synchronisation with the device per step
+    return squared**0.5, inner

@@ -1,0 +1,196 @@
+"""The stages of a DAA run, each one run of LLaMA-Factory's own workflow (run_sft or run_pt).
+
+The workflow builds its trainer by a name in its module; for the length of a stage that name
+stands for the same trainer with our mixin in front. Nothing else of the host is touched, and
+only this module and plugin.py import it.
+"""
+
+import contextlib
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import transformers
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+from llamafactory.train.callbacks import LogCallback
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.utils import logging
+
+from daa_ext.anchor_trainer import AnchorTrainerMixin
+from daa_ext.anneal_trainer import AnnealTrainerMixin
+from daa_ext.artifact import Manifest, is_anchor, read_manifest
+from daa_ext.config import DaaSettings
+from daa_ext.trainer import DaaRun
+
+logger = logging.get_logger(__name__)
+
+Arguments = dict[str, Any]  # of a workflow: model_args, data_args, training_args, ...
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """One of the host's workflows and the name of the trainer that it builds."""
+
+    function: Callable[..., None]
+    trainer: str
+
+    def run(self, mixin: type, arguments: Arguments) -> None:
+        """Run the workflow with `mixin` in front of its trainer."""
+        module = sys.modules[self.function.__module__]
+        host_class = getattr(module, self.trainer)
+        daa_class = type(f"Daa{self.trainer}", (mixin, host_class), {})
+        factory = functools.partial(daa_class, daa_run=_describe(arguments))
+        with _replaced(module, self.trainer, factory):
+            self.function(**arguments)
+
+
+def run_stages(workflow: Workflow, arguments: Arguments) -> None:
+    """Anchor, anneal, or both, in this process and on all its ranks.
+
+    Raises:
+        ValueError: the YAML asks for what this version does not serve, or an anchor that was
+            built otherwise than the YAML says.
+    """
+    settings, training = arguments["finetuning_args"], arguments["training_args"]
+    if training.deepspeed:
+        raise ValueError(
+            f"deepspeed={training.deepspeed}: this version of daa_ext runs on one process or DDP "
+            "and does not act under DeepSpeed. Remove the key."
+        )
+    if settings.daa_stage == "anchor":
+        workflow.run(AnchorTrainerMixin, arguments)
+        return
+    if settings.daa_stage == "auto":
+        folder = Path(settings.daa_anchor)
+        if is_anchor(folder):
+            _check_reuse(folder, read_manifest(folder), settings)
+        else:
+            workflow.run(AnchorTrainerMixin, _anchor_pass(arguments))
+            transformers.set_seed(training.seed)  # as if the pass had not been
+    workflow.run(AnnealTrainerMixin, arguments)
+
+
+def _describe(arguments: Arguments) -> DaaRun:
+    data = arguments["data_args"]
+    return DaaRun(
+        settings=arguments["finetuning_args"],
+        base_model=str(arguments["model_args"].model_name_or_path),
+        datasets=list(data.dataset),
+        template=data.template,
+        cutoff_len=data.cutoff_len,
+        host_stage=arguments["finetuning_args"].stage,
+        load_eval=functools.partial(_load_eval, arguments),
+    )
+
+
+def _load_eval(arguments: Arguments, names: str, tokenizer: Any) -> dict[str, Any]:
+    """Data sets by LLaMA-Factory name, read as the host reads evaluation sets: {name: set}."""
+    data = _changed(
+        arguments["data_args"],
+        dataset=None,
+        eval_dataset=_split(names),
+        eval_on_each_dataset=True,
+        val_size=0.0,
+        tokenized_path=None,
+    )
+    template = get_template_and_fix_tokenizer(tokenizer, data)
+    stage = arguments["finetuning_args"].stage
+    loaded = get_dataset(
+        template, arguments["model_args"], data, arguments["training_args"], stage, tokenizer
+    )
+    return loaded["eval_dataset"]
+
+
+def _check_reuse(folder: Path, manifest: Manifest, settings: DaaSettings) -> None:
+    """Say that an anchor is reused; refuse one that was built in another way than asked."""
+    names = settings.daa_anchor_dataset
+    asked = {
+        "daa_rank": (settings.daa_rank, manifest.rank),
+        "daa_anchor_beta": (settings.daa_anchor_beta, manifest.beta),
+        "daa_anchor_dataset": (_split(names) if names else manifest.datasets, manifest.datasets),
+    }
+    for key, (now, built) in asked.items():
+        if now != built:
+            raise ValueError(
+                f"{key}={now}, but the anchor in daa_anchor={folder} was built with {built}. Name "
+                "another folder, delete this one to build it anew, or give the value it has."
+            )
+    logger.warning(
+        f"Reusing the anchor in {folder}: {manifest.samples} samples of {manifest.datasets}."
+    )
+
+
+def _anchor_pass(arguments: Arguments) -> Arguments:
+    """The arguments of stage auto's anchor pass: the general data, one epoch, nothing else."""
+    settings, training = arguments["finetuning_args"], arguments["training_args"]
+    data = arguments["data_args"]
+    if settings.daa_anchor_dataset is None:
+        raise ValueError(
+            f"daa_stage=auto: there is no anchor in daa_anchor={settings.daa_anchor} and "
+            "daa_anchor_dataset is not set. Name the general data to build it from."
+        )
+    if data.streaming:
+        raise ValueError(
+            "streaming=true: stage auto cannot know where the general data ends. Build the anchor "
+            "with daa_stage: anchor and max_steps, then run daa_stage: anneal."
+        )
+    output_dir = str(Path(training.output_dir) / "anchor_pass")
+    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    return {
+        **arguments,
+        "data_args": _changed(
+            data,
+            dataset=_split(settings.daa_anchor_dataset),
+            eval_dataset=None,
+            val_size=0.0,
+            tokenized_path=None,
+            mix_strategy="concat",
+            interleave_probs=None,
+            max_samples=settings.daa_anchor_max_samples or data.max_samples,
+        ),
+        "training_args": _changed(
+            training,
+            output_dir=output_dir,
+            num_train_epochs=1.0,
+            max_steps=-1,
+            eval_strategy=IntervalStrategy.NO,
+            do_eval=False,
+            do_predict=False,
+            predict_with_generate=False,
+            push_to_hub=False,
+            load_best_model_at_end=False,
+            report_to=[],
+            resume_from_checkpoint=None if training.overwrite_output_dir else last,
+        ),
+        "finetuning_args": _changed(
+            settings, plot_loss=False, use_dft_loss=False, use_asft_loss=False, use_eaft_loss=False
+        ),
+        "callbacks": [LogCallback()],
+    }
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",")]
+
+
+def _changed(arguments: Any, **changes: Any) -> Any:
+    changed = copy.copy(arguments)
+    for name, value in changes.items():
+        assert hasattr(changed, name), name
+        setattr(changed, name, value)
+    return changed
+
+
+@contextlib.contextmanager
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
