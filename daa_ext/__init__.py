@@ -25,7 +25,7 @@ Imports go one way, each floor only to floors below it (tests/test_house.py):
     first   config  artifact
     second  estimator  anchored
     third   retention  report
-    top     trainer  ->  plugin  ->  cli
+    top     trainer  ->  anchor_trainer  anneal_trainer  ->  stages  ->  plugin  ->  cli
 """
 
 __version__ = "0.1.0"

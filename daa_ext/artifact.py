@@ -8,6 +8,7 @@
 depend on how many ranks wrote it.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -18,12 +19,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from daa_ext.lowrank import AnchorTerm, Dense, LowRank
 
+CPU = torch.device("cpu")
 FORMAT_VERSION = 1
 MANIFEST = "anchor.json"
 REBUILD = "Delete the folder and build the anchor anew (daa_stage: anchor or auto)."
@@ -174,17 +177,20 @@ def verify_model(folder: Path, manifest: Manifest, shapes: Shapes, fingerprint: 
         )
 
 
-def read_terms(folder: Path, manifest: Manifest, device: Any = "cpu") -> dict[str, AnchorTerm]:
+def read_terms(
+    folder: Path, manifest: Manifest, device: torch.device = CPU
+) -> dict[str, AnchorTerm]:
     """The anchor of every parameter, fp32, on `device`. Call `verify_files` first.
 
     Raises:
         ValueError: a tensor that the manifest promises is not in the files.
     """
+    where = str(device) if device.type != "cpu" else "cpu"  # accelerate's ranks say cpu:0
     tensors: dict[str, Tensor] = {}
     for name in manifest.files:
         if name.endswith(".safetensors"):
             try:
-                with safe_open(folder / name, framework="pt", device=str(device)) as file:
+                with safe_open(folder / name, framework="pt", device=where) as file:
                     tensors.update({key: file.get_tensor(key) for key in list(file.keys())})
             except SafetensorError as error:
                 raise ValueError(f"daa_anchor={folder}: {name}: {error}. {REBUILD}") from error
@@ -238,7 +244,7 @@ def _temporary(folder: Path) -> Path:
 def _sweep(folder: Path) -> None:
     """Remove what writers of this folder left that were killed on this machine."""
     prefix = f".{folder.name}.tmp-{socket.gethostname()}-"
-    for path in folder.parent.glob(prefix + "*"):
+    for path in folder.parent.glob(glob.escape(prefix) + "*"):
         process = path.name.removeprefix(prefix)
         if process.isdigit() and not Path(f"/proc/{process}").exists():
             shutil.rmtree(path, ignore_errors=True)

@@ -152,7 +152,8 @@ def compress(gradient: Tensor, rank: int, seed: int = 0) -> tuple[AnchorTerm, fl
     else:
         U_MR, S_R, Vt_RN = _randomized_svd(gradient, kept + OVERSAMPLE, seed)
     kept = max(1, int((S_R[:kept] > torch.finfo(S_R.dtype).eps * S_R[0]).sum()))
-    term = LowRank(U_MR[:, :kept].contiguous(), S_R[:kept].clone(), Vt_RN[:kept].contiguous())
+    cuts = (U_MR[:, :kept], S_R[:kept], Vt_RN[:kept])  # cloned: views keep the whole SVD
+    term = LowRank(*(cut.clone(memory_format=torch.contiguous_format) for cut in cuts))
     whole = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
     return term, min(1.0, (term.norm() / whole) ** 2) if whole > 0.0 else 1.0
 

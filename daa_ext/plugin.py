@@ -1,17 +1,15 @@
-"""Where LLaMA-Factory learns of DAA: four names, patched when their modules are imported.
+"""Where LLaMA-Factory learns of DAA: two names, patched when their modules are imported.
 
     llamafactory.hparams.finetuning_args.FinetuningArguments   learns `daa` and the daa_* keys
     llamafactory.hparams.parser.read_args                      misspelt daa_* keys get a mend
-    llamafactory.train.tuner.run_sft, run_pt                   run the stages (stages.py)
 
-A run with another finetuning_type goes through untouched: the host's own trainer classes, its
-own arguments. `autoload` is called at the end of every `import torch` (entry point group
-torch.backends), so it imports nothing but wrapt and never raises.
+Everything else waits until a YAML says finetuning_type: daa (stages.install). A run with another
+finetuning_type meets the host's own functions and trainer classes. `autoload` is called at the
+end of every `import torch` (entry point group torch.backends), so it imports nothing but wrapt
+and never raises.
 """
 
 import functools
-import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -71,6 +69,16 @@ def check_seams() -> None:
         )
 
 
+def _install(stage: str) -> None:
+    from daa_ext.stages import install
+
+    try:
+        install(stage)
+    except (ImportError, AttributeError) as error:
+        broken[f"llamafactory.train.{stage}"] = str(error)
+        check_seams()
+
+
 def _patch_arguments(module: Any) -> None:
     module.FinetuningArguments = finetuning_arguments(module.FinetuningArguments)
 
@@ -94,6 +102,7 @@ def finetuning_arguments(host: Any) -> Any:
                 check_seams()
                 self.resolve()
                 self._check_host_options()
+                _install(self.stage)
                 self.finetuning_type = "full"
             else:
                 self.refuse(self.finetuning_type)
@@ -128,32 +137,7 @@ def _patch_parser(module: Any) -> None:
     module.read_args = read_args
 
 
-def _patch_tuner(module: Any) -> None:
-    for name, trainer in (("run_sft", "CustomSeq2SeqTrainer"), ("run_pt", "CustomTrainer")):
-        host_run = getattr(module, name)
-        getattr(sys.modules[host_run.__module__], trainer)
-        setattr(module, name, _wrap_run(host_run, trainer))
-
-
-def _wrap_run(host_run: Callable[..., None], trainer: str) -> Callable[..., None]:
-    """The workflow `host_run`, with a DAA run taken through its stages instead."""
-
-    @functools.wraps(host_run)
-    def run(*positional: Any, **named: Any) -> None:
-        arguments = inspect.signature(host_run).bind(*positional, **named).arguments
-        uses_daa = getattr(arguments["finetuning_args"], "use_daa", False)
-        if uses_daa and arguments["training_args"].do_train:
-            from daa_ext.stages import Workflow, run_stages
-
-            run_stages(Workflow(host_run, trainer), arguments)
-        else:
-            host_run(*positional, **named)
-
-    return run
-
-
 _HOOKS: Mapping[str, Callable[[Any], None]] = {
     "llamafactory.hparams.finetuning_args": _patch_arguments,
     "llamafactory.hparams.parser": _patch_parser,
-    "llamafactory.train.tuner": _patch_tuner,
 }

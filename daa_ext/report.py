@@ -67,7 +67,8 @@ def plot_curves(
         points = [(row["step"], row[key]) for row in log_history if key in row]
         loss_axis.plot(*zip(*points, strict=True), label=label, marker="." if "eval" in key else "")
     loss_axis.set_title("loss")
-    loss_axis.legend(fontsize="small")
+    if loss_axis.lines:
+        loss_axis.legend(fontsize="small")
     steps = [record.step for record in records]
     for axis, (name, title) in zip(
         axes,

@@ -1,13 +1,17 @@
 """The stages of a DAA run, each one run of LLaMA-Factory's own workflow (run_sft or run_pt).
 
-The workflow builds its trainer by a name in its module; for the length of a stage that name
-stands for the same trainer with our mixin in front. Nothing else of the host is touched, and
-only this module and plugin.py import it.
+    llamafactory.train.{sft,pt}.workflow.run_{sft,pt}            runs the stages of a DAA run
+    llamafactory.train.{sft,pt}.workflow.Custom...Trainer        gets our mixin for one stage
+
+Both are patched when a YAML first says finetuning_type: daa, and hand every other run of the
+process to the host unchanged. Only this module and plugin.py import the host.
 """
 
 import contextlib
 import copy
 import functools
+import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,21 +36,62 @@ logger = logging.get_logger(__name__)
 Arguments = dict[str, Any]  # of a workflow: model_args, data_args, training_args, ...
 
 
+TRAINERS = {"sft": "CustomSeq2SeqTrainer", "pt": "CustomTrainer"}
+_installed: dict[str, "Workflow"] = {}
+
+
 @dataclass(frozen=True)
 class Workflow:
-    """One of the host's workflows and the name of the trainer that it builds."""
+    """One of the host's workflows, its module, and the trainer that it builds by that name."""
 
     function: Callable[..., None]
-    trainer: str
+    module: ModuleType
+    trainer_name: str
+    trainer: type
 
     def run(self, mixin: type, arguments: Arguments) -> None:
         """Run the workflow with `mixin` in front of its trainer."""
-        module = sys.modules[self.function.__module__]
-        host_class = getattr(module, self.trainer)
-        daa_class = type(f"Daa{self.trainer}", (mixin, host_class), {})
+        daa_class = type(f"Daa{self.trainer_name}", (mixin, self.trainer), {})
         factory = functools.partial(daa_class, daa_run=_describe(arguments))
-        with _replaced(module, self.trainer, factory):
+        with _replaced(self.module, self.trainer_name, factory):
             self.function(**arguments)
+
+
+def install(stage: str) -> None:
+    """Let the host's workflow of `stage` (sft or pt) run the stages of a DAA run. Idempotent.
+
+    Raises:
+        AttributeError, ImportError: the host has moved what this module needs.
+    """
+    if stage in _installed:
+        return
+    function_name, trainer_name = f"run_{stage}", TRAINERS[stage]
+    module = importlib.import_module(f"llamafactory.train.{stage}.workflow")
+    workflow = Workflow(
+        getattr(module, function_name), module, trainer_name, getattr(module, trainer_name)
+    )
+
+    @functools.wraps(workflow.function)
+    def run(*positional: Any, **named: Any) -> None:
+        arguments = inspect.signature(workflow.function).bind(*positional, **named).arguments
+        if arguments["finetuning_args"].use_daa and arguments["training_args"].do_train:
+            run_stages(workflow, dict(arguments))
+        else:
+            workflow.function(*positional, **named)
+
+    def trainer(*positional: Any, **named: Any) -> Any:
+        if named["finetuning_args"].use_daa and named["args"].do_train:
+            raise RuntimeError(
+                f"{function_name} was called in a way that does not pass through daa_ext "
+                "(imported before torch was): DAA would not act. Import torch first."
+            )
+        return workflow.trainer(*positional, **named)
+
+    _installed[stage] = workflow
+    module.__dict__[trainer_name] = trainer
+    for name in (module.__name__, f"llamafactory.train.{stage}", "llamafactory.train.tuner"):
+        if name in sys.modules:
+            setattr(sys.modules[name], function_name, run)
 
 
 def run_stages(workflow: Workflow, arguments: Arguments) -> None:

@@ -75,14 +75,14 @@ def make_data(folder: Path, poisoned: int = 0) -> Path:
         text = sentence()
         return {"instruction": f"Repeat: {text}", "input": "", "output": text}
 
-    sets: dict[str, list[dict[str, str]]] = {
+    sets: dict[str, list[dict[str, Any]]] = {
         "domain": [domain() for _ in range(48)],
         "domain_test": [domain() for _ in range(8)],
         "general": [general() for _ in range(24)],
         "general_test": [general() for _ in range(8)],
         "texts": [{"text": " ".join(sentence() for _ in range(6))} for _ in range(40)],
         "poisoned": [domain() for _ in range(24)],
-        "empty": [{"instruction": "", "input": "", "output": ""}],
+        "unanswered": [{"instruction": "Say something.", "input": "", "output": None}],
     }
     for row in sets["poisoned"][:poisoned]:
         row["input"] += f" {POISON}"

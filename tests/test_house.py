@@ -1,0 +1,157 @@
+"""The house rules that no linter knows: which module may import which, and what an import costs."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import daa_ext
+
+PACKAGE = Path(daa_ext.__file__).parent
+# The ladder of daa_ext/__init__.py, lowest floor first. A module imports from lower floors only.
+LADDER: list[set[str]] = [
+    {"schedule", "blend", "correction", "lowrank", "fingerprint"},
+    {"config", "artifact"},
+    {"estimator", "anchored"},
+    {"retention", "report"},
+    {"trainer"},
+    {"anchor_trainer", "anneal_trainer"},
+    {"stages"},
+    {"plugin"},
+    {"cli"},
+]
+OPTIONAL = {"cli"}
+GROUND = sorted(LADDER[0])
+# All that maths may import. Whatever reads files, talks to ranks or names a host is not here.
+GROUND_MAY_IMPORT = {"collections.abc", "dataclasses", "hashlib", "math", "torch", "typing"}
+HOSTS = {"llamafactory", "transformers", "accelerate", "deepspeed", "datasets", "peft", "trl"}
+BEHIND_TORCH = re.compile(
+    r"\btorch\.(distributed|save|load)\b|\bopen\(|\.(read|write)_(text|bytes)\("
+)
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def source(module: str) -> str:
+    return (PACKAGE / f"{module}.py").read_text(encoding="ascii")
+
+
+def imports(text: str) -> Iterator[str]:
+    """Full names of all that is imported, at module level, in functions, for type checking."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own(module: str) -> set[str]:
+    """The modules of daa_ext that `module` imports."""
+    names = (name.split(".") for name in imports(source(module)))
+    return {name[1] for name in names if name[0] == "daa_ext" and len(name) > 1} & set(MODULES)
+
+
+def roots(module: str) -> set[str]:
+    return {name.split(".")[0] for name in imports(source(module))}
+
+
+def floor(module: str) -> int:
+    return next(i for i, modules in enumerate(LADDER) if module in modules)
+
+
+def test_every_module_stands_on_one_floor() -> None:
+    listed = [module for modules in LADDER for module in modules]
+    assert len(listed) == len(set(listed))
+    assert set(listed) - OPTIONAL <= set(MODULES) <= set(listed)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_downwards(module: str) -> None:
+    above = {other for other in own(module) if floor(other) >= floor(module)}
+    assert not above, f"{module} stands on floor {floor(module)} and imports {above}"
+
+
+def test_the_import_reader_sees_what_is_there() -> None:
+    """Without this the test above would pass on a reader that finds nothing."""
+    assert own("anchored") == {"blend", "correction", "lowrank", "schedule"}
+    assert "anchored" in own("report")
+    assert {"stages", "config"} <= own("plugin"), "imports inside functions count"
+    text = "def f():\n    import daa_ext.a\n    from b.c import d\nif TYPE_CHECKING:\n    import e"
+    assert set(imports(text)) == {"daa_ext.a", "b.c", "b.c.d", "e"}
+
+
+def test_the_ladder_is_the_one_that_the_package_documents() -> None:
+    documented = daa_ext.__doc__ or ""
+    for modules in LADDER:
+        for module in modules:
+            assert re.search(rf"\b{module}\b", documented), f"{module} is not in the ladder"
+
+
+@pytest.mark.parametrize("module", GROUND)
+def test_ground_floor_is_maths_alone(module: str) -> None:
+    outside = {name for name in imports(source(module)) if not name.startswith("torch.")}
+    allowed = {name for name in outside if name in GROUND_MAY_IMPORT}
+    members = {name for name in outside if name.rpartition(".")[0] in GROUND_MAY_IMPORT}
+    assert outside == allowed | members
+    assert not BEHIND_TORCH.search(source(module))
+    assert "torch.distributed" not in set(imports(source(module)))
+    assert not any(host in source(module).lower() for host in HOSTS - {"datasets"})
+
+
+def test_only_the_seam_imports_the_host() -> None:
+    importers = {module for module in MODULES if "llamafactory" in roots(module)}
+    assert importers - {"cli"} <= {"plugin", "stages"}
+    assert "stages" in importers
+    below_the_trainers = {module for module in MODULES if floor(module) < floor("trainer")}
+    assert not any(roots(module) & HOSTS for module in below_the_trainers)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_modules_are_ascii_and_short(path: Path) -> None:
+    content = path.read_bytes()
+    assert content.isascii()
+    assert content.count(b"\n") <= 260
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_modules_say_what_they_are_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+# what an import costs
+
+
+def loaded(code: str, *names: str, autoload: bool = True) -> set[str]:
+    """Which of `names` a fresh interpreter has in sys.modules after running `code`."""
+    code += f"\nimport sys\nprint(*(set({names!r}) & set(sys.modules)))"
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(autoload))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, "the plugin is silent"
+    return set(done.stdout.split())
+
+
+def test_plugin_imports_nothing_heavy() -> None:
+    heavy = ("torch", "wrapt", "llamafactory", "transformers", "numpy", "daa_ext.config")
+    assert loaded("import daa_ext.plugin", "daa_ext.plugin", *heavy) == {"daa_ext.plugin"}
+
+
+def test_import_torch_loads_the_plugin_and_no_host() -> None:
+    names = ("daa_ext.plugin", "wrapt", "daa_ext.config", "daa_ext.stages", *HOSTS)
+    assert loaded("import torch", *names) == {"daa_ext.plugin", "wrapt"}
+    assert loaded("import torch", *names, autoload=False) == set()
+
+
+def test_import_torch_survives_a_plugin_without_wrapt() -> None:
+    code = "import sys; sys.modules['wrapt'] = None; import torch, daa_ext.plugin as p"
+    code += "\nassert 'autoload' in p.broken, p.broken"
+    assert loaded(code, "torch", "llamafactory") == {"torch"}
