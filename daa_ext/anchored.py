@@ -12,7 +12,7 @@ lr, eps and weight decay; after the step it puts these settings back.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -158,10 +158,9 @@ class AnchoredOptimizer:
 
     def _scale(self, optimizer: Optimizer, scale: StepScale) -> None:
         for group in optimizer.param_groups:
-            self._saved.append({key: group[key] for key in ("lr", "eps", "weight_decay")})
-            group["lr"] *= scale.lr
-            group["eps"] *= scale.eps
-            group["weight_decay"] *= scale.weight_decay
+            self._saved.append({key: group[key] for key in asdict(scale)})
+            for key, factor in asdict(scale).items():
+                group[key] = group[key] * factor  # not in place: lr may be a tensor
 
     def _check_coverage(self, present: list[tuple[Piece, Tensor]]) -> None:
         """At the first step: every anchored parameter must have a gradient to be anchored."""

@@ -18,6 +18,17 @@ from daa_ext.trainer import DaaTrainerMixin, read_checkpoint_state
 
 logger = logging.get_logger(__name__)
 
+# Adam with decoupled decay whose kernels read lr, eps and weight_decay from the group each step.
+SERVED_OPTIMIZERS = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+)
+
 
 class AnnealTrainerMixin(DaaTrainerMixin):
     """Fine-tunes all weights on the domain with the anchor in every gradient."""
@@ -26,6 +37,11 @@ class AnnealTrainerMixin(DaaTrainerMixin):
         super().__init__(*args, **kwargs)
         settings = self.daa_run.settings
         self.folder = Path(settings.daa_anchor)
+        if self.args.optim not in SERVED_OPTIMIZERS:
+            raise ValueError(
+                f"optim={getattr(self.args.optim, 'value', self.args.optim)} cannot go with "
+                f"finetuning_type=daa: eq. 9 needs AdamW. One of {', '.join(SERVED_OPTIMIZERS)}."
+            )
         artifact.check_writable(Path(self.args.output_dir), "output_dir")
         self.manifest = artifact.read_manifest(self.folder)
         artifact.verify_files(self.folder, self.manifest)
@@ -119,7 +135,8 @@ class AnnealTrainerMixin(DaaTrainerMixin):
         **kwargs: Any,
     ) -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
-        if self.card is not None and eval_dataset is None and metric_key_prefix == "eval":
+        ours = self.card is not None and eval_dataset is None and metric_key_prefix == "eval"
+        if ours and self.is_in_train:  # afterwards the card is complete
             known = {name: _scores(metrics, _host_prefix(name)) for name in self.measured}
             self._measure([name for name, found in known.items() if not found], known)
         return metrics
@@ -143,10 +160,11 @@ class AnnealTrainerMixin(DaaTrainerMixin):
 
     def end(self) -> None:
         """The card's last row, the files, the table on the terminal."""
-        if not self.records:
+        if self.anchored.anchored_elements == 0:
             raise ValueError(
-                "DAA did not act: no optimizer step was taken. Check max_steps, num_train_epochs "
-                "and, when resuming, that the checkpoint is not of a finished run."
+                "DAA did not act: no optimizer step was taken. Check the data and max_steps, and, "
+                "when resuming, that the checkpoint is not of a finished run (a finished run in "
+                "output_dir is resumed unless overwrite_output_dir: true)."
             )
         if self.card is not None:
             if self.card.rows[-1]["step"] != self.state.global_step:

@@ -113,7 +113,7 @@ def run_stages(workflow: Workflow, arguments: Arguments) -> None:
     if settings.daa_stage == "auto":
         folder = Path(settings.daa_anchor)
         if is_anchor(folder):
-            _check_reuse(folder, read_manifest(folder), settings)
+            _check_reuse(folder, read_manifest(folder), arguments)
         else:
             workflow.run(AnchorTrainerMixin, _anchor_pass(arguments))
             transformers.set_seed(training.seed)  # as if the pass had not been
@@ -151,8 +151,13 @@ def _load_eval(arguments: Arguments, names: str, tokenizer: Any) -> dict[str, An
     return loaded["eval_dataset"]
 
 
-def _check_reuse(folder: Path, manifest: Manifest, settings: DaaSettings) -> None:
-    """Say that an anchor is reused; refuse one that was built in another way than asked."""
+def _check_reuse(folder: Path, manifest: Manifest, arguments: Arguments) -> None:
+    """Say that an anchor is reused; refuse one that was built in another way than asked.
+
+    Template and cutoff_len are the domain's, too, and may differ from domain to domain: said, not
+    refused.
+    """
+    settings: DaaSettings = arguments["finetuning_args"]
     names = settings.daa_anchor_dataset
     asked = {
         "daa_rank": (settings.daa_rank, manifest.rank),
@@ -165,8 +170,14 @@ def _check_reuse(folder: Path, manifest: Manifest, settings: DaaSettings) -> Non
                 f"{key}={now}, but the anchor in daa_anchor={folder} was built with {built}. Name "
                 "another folder, delete this one to build it anew, or give the value it has."
             )
+    if arguments["data_args"].template != manifest.template:
+        logger.warning(
+            f"template={arguments['data_args'].template}, but the anchor's general data was read "
+            f"with template {manifest.template}."
+        )
     logger.warning(
-        f"Reusing the anchor in {folder}: {manifest.samples} samples of {manifest.datasets}."
+        f"Reusing the anchor in {folder}: {manifest.samples} samples of {manifest.datasets}, "
+        f"template {manifest.template}, cutoff_len {manifest.cutoff_len}."
     )
 
 

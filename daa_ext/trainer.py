@@ -130,9 +130,10 @@ class DaaTrainerMixin(HostTrainer):
 
     def prepare_step(self) -> None:
         """Between backward and optimizer step: hand over the norm, or skip what is not finite."""
-        norm = self._grad_norm
-        self._grad_norm = None
-        assert norm is not None, "the host took a step without asking for the gradient's norm"
+        if self._grad_norm is None:  # with max_grad_norm: 0 transformers 5.0 does not ask
+            parameters = [parameter for _, parameter in self.trainable()]
+            self._grad_norm = float(self._host_clip(parameters, math.inf))
+        norm, self._grad_norm = self._grad_norm, None
         if math.isfinite(norm):
             self.before_step(norm)
             return

@@ -76,6 +76,7 @@ def test_anchor_of_another_base_model(anchored: Host, tmp_path: Path) -> None:
         ({"daa_anchor": None}, ("daa_anchor is not set",)),
         ({"pure_bf16": True}, ("pure_bf16", "bf16: true")),
         ({"use_muon": True}, ("use_muon", "adamw_torch")),
+        ({"use_galore": True}, ("use_galore", "whole gradient")),
         ({"stage": "dpo"}, ("stage=dpo", "sft or pt")),
         ({"finetuning_type": "full"}, ("daa_stage=auto", "finetuning_type: daa")),
         ({"daa_anchor_dataset": None}, ("daa_anchor_dataset is not set",)),
@@ -88,6 +89,19 @@ def test_settings_refused_before_anything_is_read(
     arguments = host.daa("run", "auto", daa_anchor_dataset="general") | changes
     refused(host, {k: v for k, v in arguments.items() if v is not None}, *words)
     assert not (host.folder / "anchor").exists()
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "sgd"])
+def test_optimizers_that_are_no_adamw(anchored: Host, optim: str) -> None:
+    refused(anchored, anchored.daa("run", "anneal", optim=optim), f"optim={optim}", "adamw_torch")
+
+
+def test_a_finished_run_is_not_taken_for_a_new_one(anchored: Host) -> None:
+    arguments = anchored.daa("run", "anneal", save_strategy="steps", save_steps=3)
+    before = weights(anchored.run(arguments))
+    with pytest.raises(ValueError, match="no optimizer step was taken"):
+        anchored.run(arguments)
+    assert same(before, weights(anchored.folder / "run"))
 
 
 def test_deepspeed_is_refused_by_name(host: Host) -> None:

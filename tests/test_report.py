@@ -191,8 +191,8 @@ def test_report_and_steps_round_trip(tmp_path: Path) -> None:
     assert [StepRecord(**json.loads(line)) for line in lines] == records()
 
 
-@pytest.mark.parametrize("count", [1, 2, 12, 300])
-@pytest.mark.parametrize("history", [[], LOSSES, LOSSES + EVALS, EVALS])
+@pytest.mark.parametrize("count", [1, 300])
+@pytest.mark.parametrize("history", [[], LOSSES + EVALS, EVALS])
 def test_curves_are_a_readable_picture(
     tmp_path: Path, count: int, history: list[dict[str, Any]]
 ) -> None:
