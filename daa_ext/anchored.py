@@ -91,9 +91,9 @@ class AnchoredOptimizer:
         self._saved: list[dict[str, float]] = []
         if self.anchor_norm == 0.0:
             raise ValueError("The anchor is zero: it has nothing to hold on to. Build it anew.")
-        if rule.dc and any("eps" not in group for group in optimizer.param_groups):
+        if rule.dc and not all(isinstance(g.get("eps"), float) for g in optimizer.param_groups):
             raise ValueError(
-                f"daa_dc=true needs an Adam, and {type(optimizer).__name__} has no eps. "
+                f"daa_dc=true needs an Adam, and {type(optimizer).__name__} has no eps to scale. "
                 "Set optim: adamw_torch (or _fused, adamw_8bit) or daa_dc: false."
             )
         optimizer.register_step_pre_hook(self._before_step)

@@ -76,6 +76,9 @@ def check_writable(folder: Path, key: str) -> None:
     """Raise ValueError, naming `key`, if `folder` cannot be created with files in it."""
     probe = _temporary(folder)
     try:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file")
+        shutil.rmtree(probe, ignore_errors=True)  # of a dead process that had our number
         probe.mkdir(parents=True)
         probe.rmdir()
     except OSError as error:
@@ -93,6 +96,7 @@ def write_anchor(folder: Path, terms: Mapping[str, AnchorTerm], manifest: Manife
     """
     _sweep(folder)
     temporary = _temporary(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         save_torch_state_dict(

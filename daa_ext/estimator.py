@@ -23,23 +23,22 @@ class MomentEstimator(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "the estimator takes gradients, not closures"
-        for group in self.param_groups:
-            seen = False
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                seen = True
-                state = self.state[parameter]
-                if not state:
-                    state["moment"] = torch.zeros_like(parameter, dtype=torch.float32)
-                share = 1.0 - group["beta"]
-                state["moment"].mul_(group["beta"]).add_(parameter.grad, alpha=share)
-            group["good_steps"] += seen
+        group = self.param_groups[0]
+        if all(parameter.grad is None for parameter in group["params"]):
+            return
+        group["good_steps"] += 1
+        for parameter in group["params"]:
+            state = self.state[parameter]
+            if not state:
+                state["moment"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["moment"].mul_(group["beta"])
+            if parameter.grad is not None:  # else this batch did not reach it: its gradient is 0
+                state["moment"].add_(parameter.grad, alpha=1.0 - group["beta"])
 
     @property
     def good_steps(self) -> int:
         """s: steps that have entered the moment."""
-        return max((group["good_steps"] for group in self.param_groups), default=0)
+        return int(self.param_groups[0]["good_steps"])
 
     def estimate(self, parameter: Tensor) -> Tensor:
         """The bias-corrected anchor m_s / (1 - beta^s) of one parameter, fp32, same shape.

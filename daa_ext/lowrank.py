@@ -135,7 +135,7 @@ def compress(gradient: Tensor, rank: int, seed: int = 0) -> tuple[AnchorTerm, fl
 
     Matrices whose rank-`rank` factors pay are factorized: exactly (LAPACK) where min(M, N) is
     below EXACT_UP_TO * (rank + OVERSAMPLE), else by a randomized range finder (Halko et al.
-    2011, alg. 4.3 and 5.1), whose error is not estimated but measured: the approximation is an
+    2011, alg. 4.4 and 5.1), whose error is not estimated but measured: the approximation is an
     orthogonal projection, so ||G - A||^2 = ||G||^2 - ||A||^2, and energy = ||A||^2 / ||G||^2.
     Singular values below fp32 resolution are dropped: `rank` is a ceiling.
 

@@ -23,10 +23,12 @@ CHUNK = 1 << 22
 def untouched_rng() -> Iterator[None]:
     """Run the block, then put the Python, NumPy and torch generators back as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 @dataclass

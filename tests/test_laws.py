@@ -63,6 +63,19 @@ def test_law_1_no_effect_without_anchor_and_correction(host: Host, max_grad_norm
         assert not same(weights(plain), weights(on)), f"{name} must have an effect"
 
 
+def test_law_1_with_8_bit_adam(host: Host) -> None:
+    """bitsandbytes reads lr, eps and decay from the group at each step, like torch's AdamW."""
+    pytest.importorskip("bitsandbytes", reason="pip install 'daa_ext[8bit]'")
+    host.anchor()
+    plain = host.run(host.arguments("plain", optim="adamw_8bit"))
+    off = host.run(host.daa("off", "anneal", daa_k0=0.0, daa_dc=False, optim="adamw_8bit"))
+    on = host.run(host.daa("on", "anneal", optim="adamw_8bit"))
+    exact = host.run(host.daa("exact", "anneal", optim="adamw_torch"))
+    assert same(weights(plain), weights(off))
+    assert distance(weights(on), weights(exact), start(host)) < 0.2  # 8-bit states
+    assert distance(weights(plain), weights(exact), start(host)) > 0.5
+
+
 @pytest.mark.parametrize(
     ("name", "yaml", "settings"),
     [

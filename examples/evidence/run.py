@@ -31,10 +31,10 @@ def prepare(source: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     names = ["finance_train", "general_train", *HELD_OUT]
     for name in names:
-        lines = (source / f"{name}.jsonl").read_text().splitlines()
+        lines = _lines(source / f"{name}.jsonl")
         stride = len(lines) // HELD_OUT.get(name, len(lines))
         (folder / f"{name}.jsonl").write_text("\n".join(lines[::stride]) + "\n")
-    rows = [json.loads(line) for line in (source / "mc_hellaswag.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in _lines(source / "mc_hellaswag.jsonl")]
     story = [
         {"instruction": row["question"], "input": "", "output": row["choices"][row["answer"]]}
         for row in rows
@@ -43,6 +43,11 @@ def prepare(source: Path) -> Path:
     info = {name: {"file_name": f"{name}.jsonl"} for name in [*names, "hellaswag"]}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return folder
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a jsonl file: str.splitlines would also cut at U+2028 inside a string."""
+    return path.read_text().rstrip("\n").split("\n")
 
 
 def train(yaml: str, name: str, data: Path, **changes: Any) -> Path:
@@ -64,7 +69,7 @@ def score(folder: Path, validation: Path) -> dict[str, float]:
     first = [tokenizer(label)["input_ids"][0] for label in LABELS]
     assert len(set(first)) == len(LABELS), "the labels share their first token"
     truth, found = [], []
-    for line in validation.read_text().splitlines():
+    for line in _lines(validation):
         row = json.loads(line)
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": f"{row['instruction']}\n{row['input']}"}],
