@@ -22,7 +22,7 @@ fine-tunes all parameters on domain data alone, that anchor in every gradient:
 Imports go one way, each floor only to floors below it (tests/test_house.py):
 
     ground  schedule  blend  correction  lowrank  fingerprint
-    first   config  artifact
+    first   config  manifest  artifact
     second  estimator  anchored
     third   retention  report
     top     trainer  ->  anchor_trainer  anneal_trainer  ->  stages  ->  plugin  ->  cli

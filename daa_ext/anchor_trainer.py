@@ -11,10 +11,11 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from daa_ext.artifact import Manifest, check_writable, describe, is_anchor, write_anchor
+from daa_ext.artifact import check_writable, is_anchor, write_anchor
 from daa_ext.estimator import MomentEstimator, estimates
 from daa_ext.fingerprint import model_fingerprint
 from daa_ext.lowrank import AnchorTerm, compress
+from daa_ext.manifest import Manifest, describe
 from daa_ext.report import versions, write_report
 from daa_ext.trainer import DaaTrainerMixin, read_checkpoint_state
 
@@ -28,7 +29,8 @@ class AnchorTrainerMixin(DaaTrainerMixin):
         super().__init__(*args, **kwargs)
         settings = self.daa_run.settings
         self.folder = Path(settings.daa_anchor)
-        self.seen = {"samples": 0, "tokens": 0}
+        self.seen = {"samples": 0, "tokens": 0}  # by this rank, since the run or its resume began
+        self.seen_before = dict(self.seen)  # by all ranks, until the checkpoint
         if is_anchor(self.folder) and not getattr(self.args, "overwrite_output_dir", False):
             raise ValueError(
                 f"daa_anchor={self.folder} holds an anchor already. Use it (daa_stage: anneal), "
@@ -63,7 +65,7 @@ class AnchorTrainerMixin(DaaTrainerMixin):
 
     def resume(self, checkpoint: str) -> None:
         state = read_checkpoint_state(checkpoint, self._settings_of_the_estimate())
-        self.seen = state["seen"]
+        self.seen_before = state["seen"]
         self.daa_guard.skipped = state["skipped"]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,10 +75,18 @@ class AnchorTrainerMixin(DaaTrainerMixin):
 
     def begin(self) -> None:
         self.estimating_since = time.perf_counter()
+        estimator = self.inner_optimizer()
+        assert isinstance(estimator, MomentEstimator)
+        if self.state.global_step > 0 and estimator.good_steps == 0:
+            raise ValueError(
+                f"resume_from_checkpoint={self.args.resume_from_checkpoint} holds no moment: its "
+                "steps are lost (save_only_model: true leaves it out). Start anew with "
+                "overwrite_output_dir: true."
+            )
 
     def checkpoint_state(self) -> dict[str, Any]:
         return {
-            "seen": self.seen,
+            "seen": self._total_seen(),
             "skipped": self.daa_guard.skipped,
             **self._settings_of_the_estimate(),
         }
@@ -149,8 +159,14 @@ class AnchorTrainerMixin(DaaTrainerMixin):
                 "stage": "anchor",
                 "daa_anchor": str(self.folder),
                 "total_steps": self.state.max_steps,
+                "k0": None,  # this and the next four: only the annealing has them
+                "c0": None,
+                "similarity_mean": None,
+                "correction_mean": None,
+                "domain_only": None,
                 "anchored_params": common["trainable_params"],
                 "anchor_bytes_total": self.anchor_bytes,
+                "anchor_bytes_per_rank": [],  # none is resident once it is written
                 "anchor_norm": manifest.norm,
                 "samples": manifest.samples,
                 "tokens": manifest.tokens,
@@ -174,7 +190,8 @@ class AnchorTrainerMixin(DaaTrainerMixin):
 
     def _total_seen(self) -> dict[str, int]:
         counts = torch.tensor([list(self.seen.values())], device=self.args.device)
-        return dict(zip(self.seen, self.accelerator.gather(counts).sum(0).tolist(), strict=True))
+        total = self.accelerator.gather(counts).sum(0).tolist()
+        return {key: self.seen_before[key] + n for key, n in zip(self.seen, total, strict=True)}
 
 
 def data_fingerprint(dataset: Any) -> str:

@@ -120,16 +120,19 @@ class AnchoredOptimizer:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        grads = [(piece, piece.parameter.grad) for piece in self.pieces]
-        present = [(piece, grad.view(-1)) for piece, grad in grads if grad is not None]
-        if not present and self._armed is None:
+        reached = [piece for piece in self.pieces if piece.parameter.grad is not None]
+        if not reached and self._armed is None:
             return
         assert self._armed is not None, "optimizer.step() without arm(): DAA would not run"
-        self._check_coverage(present)
         step, domain_norm = self._armed
         self._armed = None
+        if not reached:
+            raise ValueError(
+                f"Step {step}: no anchored parameter has a gradient, so DAA would not act. Do not "
+                "hand the gradients to another optimizer."
+            )
 
-        seen_norm, seen_inner = _norm_and_inner(present)
+        seen_norm, seen_inner = _norm_and_inner(reached)
         host_clip = seen_norm / domain_norm if domain_norm > 0.0 else 1.0
         inner = seen_inner / host_clip if host_clip > 0.0 else 0.0
         s = similarity(inner, domain_norm, self.anchor_norm)
@@ -143,11 +146,16 @@ class AnchoredOptimizer:
                 host_clip=host_clip if host_clip > 0.0 else 1.0,
                 max_norm=self.rule.max_norm,
             )
-            for piece, grad in present:
-                piece.term.blend_(grad, 0, blend.domain, blend.anchor)
+            for piece in self.pieces:
+                if piece.parameter.grad is None:  # the batch did not reach it: g_D is 0 there
+                    piece.parameter.grad = torch.zeros_like(piece.parameter)
+                piece.term.blend_(piece.parameter.grad.view(-1), 0, blend.domain, blend.anchor)
         c = correction(s, self.rule.c0) if self.rule.dc else 1.0
         if self.rule.dc:
             self._scale(optimizer, step_scale(c))
+        if self.anchored_elements == 0:  # law 6: at the first step
+            touched = self.pieces if share > 0.0 else reached
+            self.anchored_elements = sum(piece.parameter.numel() for piece in touched)
         learning_rate = float(optimizer.param_groups[0]["lr"])
         self.last = StepRecord(step, s, c, share, domain_norm, learning_rate)
 
@@ -162,27 +170,13 @@ class AnchoredOptimizer:
             for key, factor in asdict(scale).items():
                 group[key] = group[key] * factor  # not in place: lr may be a tensor
 
-    def _check_coverage(self, present: list[tuple[Piece, Tensor]]) -> None:
-        """At the first step: every anchored parameter must have a gradient to be anchored."""
-        if self.anchored_elements:
-            return
-        reached = {piece.name for piece, _ in present}
-        missing = [p.name for p in self.pieces if p.name not in reached and p.term.norm() > 0.0]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} anchored parameters have no gradient at the first step, such as "
-                f"{missing[0]}: DAA would not act on them. Freeze nothing that the anchor holds, "
-                "and do not hand the gradients to another optimizer."
-            )
-        self.anchored_elements = sum(grad.numel() for _, grad in present)
 
-
-def _norm_and_inner(present: list[tuple[Piece, Tensor]]) -> tuple[float, float]:
+def _norm_and_inner(pieces: list[Piece]) -> tuple[float, float]:
     """||g|| and <g, g_hat> of the gradients as they are now; fp32 products, fp64 sums."""
-    device = present[0][1].device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for piece, grad in present:
-        flat = grad.float()
+    sums = torch.zeros(2, dtype=torch.float64, device=pieces[0].parameter.device)
+    for piece in pieces:
+        assert piece.parameter.grad is not None
+        flat = piece.parameter.grad.view(-1).float()
         sums[0] += torch.dot(flat, flat)
         sums[1] += piece.term.inner(flat)
     squared, inner = sums.tolist()  # the one synchronisation with the device per step

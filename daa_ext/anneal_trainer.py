@@ -11,6 +11,7 @@ from transformers.utils import logging
 from daa_ext import artifact
 from daa_ext.anchored import AnchoredOptimizer, AnnealRule, StepRecord, pair
 from daa_ext.fingerprint import model_fingerprint
+from daa_ext.manifest import verify_model
 from daa_ext.report import plot_curves, write_report, write_steps
 from daa_ext.retention import RetentionCard, Scores, count_changed, snapshot, untouched_rng
 from daa_ext.schedule import is_capped, total_pull
@@ -47,7 +48,7 @@ class AnnealTrainerMixin(DaaTrainerMixin):
         artifact.verify_files(self.folder, self.manifest)
         shapes = {name: tuple(parameter.shape) for name, parameter in self.trainable()}
         base = model_fingerprint(self.trainable())
-        artifact.verify_model(self.folder, self.manifest, shapes, base)
+        verify_model(self.folder, self.manifest, shapes, base)
         self.records: list[StepRecord] = []
         self.resumed_total_steps: int | None = None
         self.card: RetentionCard | None = None

@@ -8,6 +8,7 @@
 depend on how many ranks wrote it.
 """
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -15,9 +16,8 @@ import os
 import shutil
 import socket
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -25,50 +25,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from daa_ext.lowrank import AnchorTerm, Dense, LowRank
+from daa_ext.manifest import FORMAT_VERSION, Manifest
 
 CPU = torch.device("cpu")
-FORMAT_VERSION = 1
 MANIFEST = "anchor.json"
 REBUILD = "Delete the folder and build the anchor anew (daa_stage: anchor or auto)."
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass
-class Manifest:
-    """What anchor.json says: where the anchor comes from and what is in it."""
-
-    base_model: str
-    base_fingerprint: str
-    datasets: list[str]
-    data_fingerprint: str
-    template: str | None
-    cutoff_len: int
-    host_stage: str  # sft or pt
-    steps: int  # s: optimizer steps in the moment
-    skipped_steps: int  # steps left out for a NaN or infinite gradient
-    samples: int
-    tokens: int  # tokens with a label
-    beta: float
-    rank: int
-    seed: int
-    norm: float  # ||g_hat|| of the stored (compressed) anchor
-    seconds: dict[str, float]  # estimate, factorize
-    versions: dict[str, str]
-    tensors: dict[str, dict[str, Any]]  # per parameter: shape, kind, rank, energy, norm
-    format_version: int = FORMAT_VERSION
-    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256
-
-    @property
-    def digest(self) -> str:
-        """One SHA-256 for the anchor's content: what a checkpoint remembers it by."""
-        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
 
 
 def is_anchor(folder: Path) -> bool:
     """Whether `folder` holds an anchor; puts back one that a killed writer had moved aside."""
     aside = _aside(folder)
-    if not folder.exists() and aside.exists():
-        os.rename(aside, folder)
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)  # its writer was killed after the last rename
+    elif aside.exists():
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            os.rename(aside, folder)
     return (folder / MANIFEST).is_file()
 
 
@@ -149,38 +120,6 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def verify_model(folder: Path, manifest: Manifest, shapes: Shapes, fingerprint: str) -> None:
-    """Raise ValueError unless the anchor was made for this very model.
-
-    Args:
-        shapes: of the parameters that train.
-        fingerprint: `fingerprint.model_fingerprint` of the base weights.
-    """
-    made_for = f"daa_anchor={folder} was made for base model {manifest.base_model}"
-    stored = {name: tuple(entry["shape"]) for name, entry in manifest.tensors.items()}
-    for names, what in (
-        (shapes.keys() - stored.keys(), "train but are not in the anchor"),
-        (stored.keys() - shapes.keys(), "are in the anchor but do not train"),
-    ):
-        if names:
-            raise ValueError(
-                f"{made_for}: {len(names)} parameters {what}, such as {sorted(names)[0]}. "
-                "Use the anchor of this model, or build one with the same trainable parameters."
-            )
-    for name, shape in shapes.items():
-        if stored[name] != tuple(shape):
-            raise ValueError(
-                f"{made_for}: {name} has shape {stored[name]} there and {tuple(shape)} here. "
-                "Use the anchor of this model (resize_vocab changes shapes, too)."
-            )
-    if manifest.base_fingerprint != fingerprint:
-        raise ValueError(
-            f"{made_for} with other weights: fingerprint {manifest.base_fingerprint[:12]} there, "
-            f"{fingerprint[:12]} here. Start from the weights that the anchor was made for, or "
-            "build an anchor for these."
-        )
-
-
 def read_terms(
     folder: Path, manifest: Manifest, device: torch.device = CPU
 ) -> dict[str, AnchorTerm]:
@@ -210,13 +149,6 @@ def read_terms(
     return terms
 
 
-def describe(term: AnchorTerm, shape: tuple[int, ...], energy: float) -> dict[str, Any]:
-    """One parameter's entry of `Manifest.tensors`."""
-    kind = "factors" if isinstance(term, LowRank) else "dense"
-    entry = {"shape": list(shape), "kind": kind, "rank": term.rank}
-    return {**entry, "energy": energy, "norm": term.norm()}
-
-
 def _state_dict(terms: Mapping[str, AnchorTerm]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, term in terms.items():
@@ -229,6 +161,10 @@ def _state_dict(terms: Mapping[str, AnchorTerm]) -> dict[str, Tensor]:
 
 
 def _swap_in(temporary: Path, folder: Path) -> None:
+    for path in (*temporary.iterdir(), temporary):  # on the disk before the name says so
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
     aside = _aside(folder)
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from daa_ext import plugin
-from daa_ext.artifact import Manifest, read_manifest, verify_files
+from daa_ext.artifact import read_manifest, verify_files
+from daa_ext.manifest import Manifest
 from daa_ext.report import versions
 
 app = typer.Typer(

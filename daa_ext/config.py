@@ -5,9 +5,9 @@ set where it has no effect can be told from one that was not set, and refused.
 """
 
 import difflib
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 Stage = Literal["anchor", "anneal", "auto"]
@@ -16,7 +16,7 @@ ALL: tuple[str, ...] = get_args(Stage)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308
 
 
 def _is_count(value: Any) -> bool:
@@ -25,6 +25,11 @@ def _is_count(value: Any) -> bool:
 
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
+
+
+def _is_folder(value: Any) -> bool:
+    """A path whose last part is a name: the folder is made beside its place, then renamed."""
+    return _is_name(value) and Path(value).name not in ("", "..")
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ RULES = {
         None,
         "Folder of the anchor: written by `anchor`, read by `anneal`, both by `auto`.",
         "the path of a folder",
-        _is_name,
+        _is_folder,
         ALL,
     ),
     "daa_anchor_dataset": Rule(

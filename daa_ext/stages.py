@@ -27,8 +27,9 @@ from transformers.utils import logging
 
 from daa_ext.anchor_trainer import AnchorTrainerMixin
 from daa_ext.anneal_trainer import AnnealTrainerMixin
-from daa_ext.artifact import Manifest, is_anchor, read_manifest
+from daa_ext.artifact import is_anchor, read_manifest
 from daa_ext.config import DaaSettings
+from daa_ext.manifest import Manifest
 from daa_ext.trainer import DaaRun
 
 logger = logging.get_logger(__name__)

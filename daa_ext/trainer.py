@@ -102,7 +102,7 @@ class DaaTrainerMixin(HostTrainer):
         """The optimizer has stepped."""
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """What a checkpoint must remember of the stage (JSON)."""
+        """What a checkpoint must remember of the stage (JSON). Collective."""
         raise NotImplementedError
 
     def clip_threshold(self, asked: float) -> float:
@@ -157,9 +157,9 @@ class DaaTrainerMixin(HostTrainer):
         }
 
     def save_checkpoint_state(self) -> None:
+        content = {"total_steps": self.state.max_steps, **self.checkpoint_state()}
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            content = {"total_steps": self.state.max_steps, **self.checkpoint_state()}
             (folder / CHECKPOINT_STATE).write_text(json.dumps(content))
 
     def _clip_and_remember(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:

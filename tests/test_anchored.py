@@ -227,12 +227,38 @@ def test_law_6_every_anchored_element_is_touched() -> None:
 
 
 @pytest.mark.parametrize("missing", ["tall", "scalar"])
-def test_law_6_anchored_parameter_without_gradient_is_named(missing: str) -> None:
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_parameter_that_the_batch_does_not_reach_is_anchored(missing: str, step: int) -> None:
+    """No gradient means g_D = 0 there, so by eq. 2 it gets gamma g_hat: as with zeros given."""
+    found, expected = model(), model()
+    for weights, absent in ((found, True), (expected, False)):
+        optimizer = adam(weights)
+        anchored = attach(optimizer, weights)
+        for t in range(step + 1):
+            grads = dict(gradients(t))
+            if t == step:
+                grads[missing] = torch.zeros_like(grads[missing])
+                norm = give(weights, grads, 1.0)
+                if absent:
+                    weights[missing].grad = None
+            else:
+                norm = give(weights, grads, 1.0)
+            anchored.arm(t, norm)
+            optimizer.step()
+        assert anchored.anchored_elements == sum(p.numel() for p in weights.values())
+    assert all(torch.equal(found[name], expected[name]) for name in SHAPES)
+    assert not torch.equal(found[missing], model()[missing])
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_law_6_a_step_without_any_gradient_is_an_error(step: int) -> None:
     weights = model()
     optimizer = adam(weights)
     anchored = attach(optimizer, weights)
-    some = {name: grad for name, grad in gradients(0).items() if name != missing}
-    anchored.arm(0, give(weights, some, 1.0))
-    with pytest.raises(ValueError, match=f"1 anchored parameters have no gradient.*{missing}"):
+    for t in range(step):
+        anchored.arm(t, give(weights, gradients(t), 1.0))
         optimizer.step()
-    assert all(torch.equal(weights[name], model()[name]) for name in SHAPES)
+    optimizer.zero_grad()
+    anchored.arm(step, 1.0)
+    with pytest.raises(ValueError, match=f"Step {step}: no anchored parameter has a gradient"):
+        optimizer.step()

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from daa_ext import artifact
-from daa_ext.artifact import Manifest, describe, read_manifest, read_terms, write_anchor
+from daa_ext.artifact import read_manifest, read_terms, write_anchor
 from daa_ext.lowrank import AnchorTerm, Dense, LowRank
+from daa_ext.manifest import Manifest, describe, verify_model
 
 Terms = dict[str, AnchorTerm]
 
@@ -210,7 +211,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 def verify(change: Callable[[dict[str, tuple[int, ...]]], Any], fingerprint: str) -> None:
     here = shapes()
     change(here)
-    artifact.verify_model(Path("anchors/a"), make_manifest(make_terms()), here, fingerprint)
+    verify_model(Path("anchors/a"), make_manifest(make_terms()), here, fingerprint)
 
 
 @pytest.mark.parametrize(

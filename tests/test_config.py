@@ -12,7 +12,7 @@ NAN, INF = math.nan, math.inf
 
 ALLOWED: dict[str, list[Any]] = {
     "daa_stage": ["anchor", "anneal", "auto"],
-    "daa_anchor": ["anchors/a", "/x", "a b", "."],
+    "daa_anchor": ["anchors/a", "/x", "a b", "../x"],
     "daa_anchor_dataset": ["general", "one,two"],
     "daa_anchor_max_samples": [1, 10**9],
     "daa_anchor_beta": [0, 0.0, 0.5, 0.999, 1 - 1e-12],
@@ -25,12 +25,12 @@ ALLOWED: dict[str, list[Any]] = {
 }
 FORBIDDEN: dict[str, list[Any]] = {
     "daa_stage": ["", "Anchor", "both", 1, True, ["anchor"]],
-    "daa_anchor": ["", "  ", 1, True, Path("x"), ["x"]],
+    "daa_anchor": ["", "  ", ".", "/", "a/..", 1, True, Path("x"), ["x"]],
     "daa_anchor_dataset": ["", " ", 3, ["general"], True],
     "daa_anchor_max_samples": [0, -1, 1.5, 2.0, "8", True, NAN, INF],
     "daa_anchor_beta": [1, 1.0, -1e-9, 2, "0.9", True, False, NAN, INF, -INF, [0.9]],
     "daa_rank": [0, -1, 1.5, 512.0, "512", True, False, NAN, INF, [512]],
-    "daa_k0": [-1, -1e-9, "200", True, False, NAN, INF, -INF, [200]],
+    "daa_k0": [-1, -1e-9, 10**400, "200", True, False, NAN, INF, -INF, [200]],
     "daa_c0": [0, 0.0, -0.01, "0.01", True, False, NAN, INF, -INF, [0.01]],
     "daa_gga": [0, 1, "true", "yes", 0.0, [True]],
     "daa_dc": [0, 1, "false", "", 1.0, [True]],

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from daa_ext.anchored import StepRecord
-from daa_ext.artifact import Manifest
 from daa_ext.config import RULES
+from daa_ext.manifest import Manifest
 from daa_ext.plugin import NEVER_WITH_DAA
 
 ROOT = Path(__file__).resolve().parents[1]

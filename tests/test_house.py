@@ -16,7 +16,9 @@ PACKAGE = Path(daa_ext.__file__).parent
 # The ladder of daa_ext/__init__.py, lowest floor first. A module imports from lower floors only.
 LADDER: list[set[str]] = [
     {"schedule", "blend", "correction", "lowrank", "fingerprint"},
-    {"config", "artifact"},
+    {"config"},
+    {"manifest"},
+    {"artifact"},
     {"estimator", "anchored"},
     {"retention", "report"},
     {"trainer"},
