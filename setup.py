@@ -37,7 +37,14 @@ setup(
     extras_require={
         "8bit": ["bitsandbytes>=0.45"],
         "demo": ["gguf>=0.10"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "tensorboard"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "tensorboard",
+            "bitsandbytes>=0.45",  # its 8-bit AdamW has CPU kernels
+            "galore-torch>=1.0",  # a baseline of examples/yaml
+        ],
         "quality": ["ruff>=0.8,<1", "mypy>=1.13,<3", "types-PyYAML"],
     },
     entry_points={

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from host import CLI, Host, distance, report, same, steps, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from daa_ext.artifact import read_manifest, verify_files
 
@@ -29,7 +30,9 @@ def auto(host: Host, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_one_stock_command_anchors_anneals_and_reports(host: Host) -> None:
-    arguments = auto(host, "run", plot_loss=True, eval_strategy="steps", eval_steps=3)
+    arguments = auto(
+        host, "run", plot_loss=True, eval_strategy="steps", eval_steps=3, report_to="tensorboard"
+    )
     done = host.command(arguments)
     out = host.folder / "run"
     manifest = read_manifest(host.folder / "run_anchor")
@@ -43,6 +46,10 @@ def test_one_stock_command_anchors_anneals_and_reports(host: Host) -> None:
     assert (out / "daa_curves.png").stat().st_size > 10_000
     assert "Retention card" in done.stdout
     assert "daa/similarity" in done.stdout
+    events = EventAccumulator(str(next(out.rglob("events.out.tfevents*"))))
+    events.Reload()
+    names = ("similarity", "correction", "gamma", "effective_lr", "domain_grad_norm")
+    assert {f"train/daa/{name}" for name in names} <= set(events.Tags()["scalars"])
     # A second run finds the anchor, says so, and gives the same weights.
     again = host.command({**arguments, "output_dir": str(host.folder / "again")})
     assert "Reusing the anchor" in again.stdout + again.stderr
@@ -75,7 +82,7 @@ def test_torchrun_by_hand(host: Host) -> None:
     torchrun = str(CLI.with_name("torchrun"))
     launcher = str(Path(sys.modules["llamafactory"].__file__ or "").with_name("launcher.py"))
     arguments = host.daa("run", "anneal", ddp_backend="gloo", per_device_train_batch_size=4)
-    command = (torchrun, "--nproc_per_node", "2", "--master_port", "29517", launcher)
+    command = (torchrun, "--standalone", "--nproc_per_node", "2", launcher)
     host.command(arguments, *command, OMP_NUM_THREADS="1")
     assert report(host.folder / "run")["world_size"] == 2
 
