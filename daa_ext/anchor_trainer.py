@@ -75,9 +75,7 @@ class AnchorTrainerMixin(DaaTrainerMixin):
 
     def begin(self) -> None:
         self.estimating_since = time.perf_counter()
-        estimator = self.inner_optimizer()
-        assert isinstance(estimator, MomentEstimator)
-        if self.state.global_step > 0 and estimator.good_steps == 0:
+        if self.state.global_step > 0 and self._estimator().good_steps == 0:
             raise ValueError(
                 f"resume_from_checkpoint={self.args.resume_from_checkpoint} holds no moment: its "
                 "steps are lost (save_only_model: true leaves it out). Start anew with "
@@ -113,8 +111,7 @@ class AnchorTrainerMixin(DaaTrainerMixin):
         terms: dict[str, AnchorTerm] = {}
         entries: dict[str, dict[str, Any]] = {}
         settings = self.daa_run.settings
-        estimator = self.inner_optimizer()
-        assert isinstance(estimator, MomentEstimator)
+        estimator = self._estimator()
         named = self.trainable()
         for name, gradient in tqdm(
             estimates(estimator, named), desc="Compressing the anchor", total=len(named)
@@ -187,6 +184,11 @@ class AnchorTrainerMixin(DaaTrainerMixin):
             "datasets": self.daa_run.datasets,
             "base_fingerprint": self.base_fingerprint,
         }
+
+    def _estimator(self) -> MomentEstimator:
+        estimator = self.inner_optimizer()
+        assert isinstance(estimator, MomentEstimator)
+        return estimator
 
     def _total_seen(self) -> dict[str, int]:
         counts = torch.tensor([list(self.seen.values())], device=self.args.device)

@@ -197,7 +197,7 @@ class AnnealTrainerMixin(DaaTrainerMixin):
             "dc": rule.dc,
             "total_pull": total_pull(rule.total_steps, rule.k0) if rule.gga else 0.0,
             "anchored_params": self.anchored.anchored_elements,
-            "anchor_bytes_total": sum(piece.term.nbytes for piece in self.anchored.pieces),
+            "anchor_bytes_total": self.anchored.nbytes,  # DDP: every rank holds all of it
             "anchor_bytes_per_rank": gather_object([self.anchored.nbytes]),
             "anchor_norm": self.anchored.anchor_norm,
             "anchor_seconds": self.manifest.seconds,
