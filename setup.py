@@ -40,6 +40,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "psutil",
             "hypothesis>=6.100",
             "tensorboard",
             "bitsandbytes>=0.45",  # its 8-bit AdamW has CPU kernels

@@ -13,7 +13,7 @@ fine-tunes all parameters on domain data alone, that anchor in every gradient:
 
     symbol   setting             where
     beta     daa_anchor_beta     estimator.MomentEstimator
-    g_hat    daa_anchor (folder) artifact.Anchor, lowrank.LowRank (rank <= daa_rank)
+    g_hat    daa_anchor (folder) artifact, lowrank.LowRank (rank <= daa_rank)
     k0       daa_k0              schedule.gamma
     gamma_t  daa_gga             blend.Blend
     s_t, c_t daa_c0, daa_dc      correction
@@ -21,11 +21,12 @@ fine-tunes all parameters on domain data alone, that anchor in every gradient:
 
 Imports go one way, each floor only to floors below it (tests/test_house.py):
 
-    ground  schedule  blend  correction  lowrank  fingerprint
-    first   config  manifest  artifact
-    second  estimator  anchored
-    third   retention  report
-    top     trainer  ->  anchor_trainer  anneal_trainer  ->  stages  ->  plugin  ->  cli
+    maths   schedule  blend  correction  lowrank  fingerprint  fragments  ->  parts
+    files   config  ranks  ->  manifest  ->  artifact
+    shares  layout  gathered  factorize  retention  ->  zero  estimator  resident
+    steps   anchored  engine  ->  report  ->  checkpoint  guard  ds_config  passes
+    runs    trainer  ->  anchor_trainer  card_trainer  ->  anneal_trainer
+    host    stages  ->  plugin  ->  cli
 """
 
 __version__ = "0.1.0"

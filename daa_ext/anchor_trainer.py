@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
 from transformers.utils import logging
 
 from daa_ext.artifact import check_writable, is_anchor, write_anchor
-from daa_ext.estimator import MomentEstimator, estimates
-from daa_ext.fingerprint import model_fingerprint
-from daa_ext.lowrank import AnchorTerm, compress
-from daa_ext.manifest import Manifest, describe
+from daa_ext.estimator import Estimates, MomentEstimator
+from daa_ext.factorize import Entries, factorize, files
+from daa_ext.layout import squared_norm
+from daa_ext.manifest import Manifest
 from daa_ext.report import versions, write_report
-from daa_ext.trainer import DaaTrainerMixin, read_checkpoint_state
+from daa_ext.trainer import DaaTrainerMixin
 
 logger = logging.get_logger(__name__)
 
@@ -25,12 +25,28 @@ logger = logging.get_logger(__name__)
 class AnchorTrainerMixin(DaaTrainerMixin):
     """Reads the general data with learning rate 0 and writes the folder `daa_anchor`."""
 
+    daa_stage = "anchor"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = self.daa_run.settings
         self.folder = Path(settings.daa_anchor)
         self.seen = {"samples": 0, "tokens": 0}  # by this rank, since the run or its resume began
         self.seen_before = dict(self.seen)  # by all ranks, until the checkpoint
+        if self.args.load_best_model_at_end or self.args.push_to_hub:
+            raise ValueError(
+                "daa_stage=anchor writes no model: load_best_model_at_end and push_to_hub have "
+                "no effect. Remove them."
+            )
+        self.ranks.together(self._check_folders)
+        if self.args.num_train_epochs > 1 and self.args.max_steps < 0:
+            logger.warning(
+                f"num_train_epochs={self.args.num_train_epochs}: the weights do not move, so "
+                "another epoch sees the same gradients again. num_train_epochs: 1 is enough."
+            )
+        self.base_fingerprint = self.base_model_fingerprint()
+
+    def _check_folders(self) -> None:
         if is_anchor(self.folder) and not getattr(self.args, "overwrite_output_dir", False):
             raise ValueError(
                 f"daa_anchor={self.folder} holds an anchor already. Use it (daa_stage: anneal), "
@@ -40,19 +56,9 @@ class AnchorTrainerMixin(DaaTrainerMixin):
             raise ValueError(
                 f"daa_anchor={self.folder} is a folder with other files: name another."
             )
-        if self.args.load_best_model_at_end or self.args.push_to_hub:
-            raise ValueError(
-                "daa_stage=anchor writes no model: load_best_model_at_end and push_to_hub have "
-                "no effect. Remove them."
-            )
-        check_writable(self.folder, "daa_anchor")
-        check_writable(Path(self.args.output_dir), "output_dir")
-        if self.args.num_train_epochs > 1 and self.args.max_steps < 0:
-            logger.warning(
-                f"num_train_epochs={self.args.num_train_epochs}: the weights do not move, so "
-                "another epoch sees the same gradients again. num_train_epochs: 1 is enough."
-            )
-        self.base_fingerprint = model_fingerprint(self.trainable())
+        if self._writes():
+            check_writable(self.folder, "daa_anchor")
+            check_writable(Path(self.args.output_dir), "output_dir")
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -64,16 +70,20 @@ class AnchorTrainerMixin(DaaTrainerMixin):
         return float("inf")  # the anchor is the mean of the gradients as they are
 
     def resume(self, checkpoint: str) -> None:
-        state = read_checkpoint_state(checkpoint, self._settings_of_the_estimate())
-        self.seen_before = state["seen"]
-        self.daa_guard.skipped = state["skipped"]
+        super().resume(checkpoint)
+        self.seen_before = self.resumed["seen"]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self.seen["samples"] += len(inputs["labels"])
         self.seen["tokens"] += int((inputs["labels"] != -100).sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def sums(self, device: torch.device) -> Tensor:
+        norm = squared_norm((gradient for _, gradient in self.layout.raw()), device)
+        return torch.stack([norm, torch.zeros_like(norm)])
+
     def begin(self) -> None:
+        super().begin()
         self.estimating_since = time.perf_counter()
         if self.state.global_step > 0 and self._estimator().good_steps == 0:
             raise ValueError(
@@ -83,10 +93,13 @@ class AnchorTrainerMixin(DaaTrainerMixin):
             )
 
     def checkpoint_state(self) -> dict[str, Any]:
+        return {"seen": self._total_seen()}
+
+    def fixed_to_resume(self) -> dict[str, Any]:
         return {
-            "seen": self._total_seen(),
-            "skipped": self.daa_guard.skipped,
-            **self._settings_of_the_estimate(),
+            "daa_anchor_beta": self.daa_run.settings.daa_anchor_beta,
+            "datasets": self.daa_run.datasets,
+            "base_fingerprint": self.base_fingerprint,
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -95,45 +108,54 @@ class AnchorTrainerMixin(DaaTrainerMixin):
             Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
             return
         seconds = {"estimate": time.perf_counter() - self.estimating_since}
-        seen = self._total_seen()
-        if self.is_world_process_zero():
-            self._write(seconds, seen)
+        manifest, anchor_bytes = self._write(seconds, self._total_seen())
         report = self.common_report()
-        if self.is_world_process_zero():
-            self._report(report)
-        self.accelerator.wait_for_everyone()
+        if self._writes():
+            self._report(manifest, anchor_bytes, report)
+        self.ranks.barrier()
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """The weights are the base model's, before and after: a checkpoint holds none."""
 
-    def _write(self, seconds: dict[str, float], seen: Mapping[str, int]) -> None:
+    def _write(self, seconds: dict[str, float], seen: Mapping[str, int]) -> tuple[Manifest, int]:
+        """Factorize, write; the manifest and the bytes of the factors. Collective."""
         started = time.perf_counter()
-        terms: dict[str, AnchorTerm] = {}
-        entries: dict[str, dict[str, Any]] = {}
         settings = self.daa_run.settings
-        estimator = self._estimator()
-        named = self.trainable()
-        for name, gradient in tqdm(
-            estimates(estimator, named), desc="Compressing the anchor", total=len(named)
-        ):
-            terms[name], energy = compress(gradient, settings.daa_rank, self.args.seed)
-            entries[name] = describe(terms[name], tuple(gradient.shape), energy)
+        estimates = Estimates(self._estimator(), self.layout.buffers())
+        everyone = range(self.ranks.size if self.layout.sharded else 1)
+        held = [self.layout.fragments_of(rank) for rank in everyone]
+        terms, entries = factorize(held, estimates, self.ranks, settings.daa_rank, self.args.seed)
+        seconds["factorize"] = time.perf_counter() - started
+        manifest = self._manifest(entries, estimates.steps, seconds, seen)
+        written = files(terms, manifest, self.ranks)
+        if self._writes():
+            write_anchor(self.folder, written, manifest)
+        else:
+            for _ in written:
+                pass  # its tensors went to rank 0
+        own_bytes = sum(term.nbytes for term in terms.values())
+        return manifest, sum(self.ranks.gather(own_bytes))
+
+    def _manifest(
+        self, entries: Entries, steps: int, seconds: dict[str, float], seen: Mapping[str, int]
+    ) -> Manifest:
+        settings = self.daa_run.settings
         norm = sum(entry["norm"] ** 2 for entry in entries.values()) ** 0.5
         if norm == 0.0:
             raise ValueError(
                 f"The mean gradient of {self.daa_run.datasets} is zero: nothing to anchor to. "
                 "Check that its samples have answers (labels)."
             )
-        seconds["factorize"] = time.perf_counter() - started
-        self.manifest = Manifest(
+        return Manifest(
             base_model=self.daa_run.base_model,
             base_fingerprint=self.base_fingerprint,
             datasets=self.daa_run.datasets,
-            data_fingerprint=data_fingerprint(self.train_dataset),
+            # Read once, where it will be written.
+            data_fingerprint=data_fingerprint(self.train_dataset) if self._writes() else "",
             template=self.daa_run.template,
             cutoff_len=self.daa_run.cutoff_len,
             host_stage=self.daa_run.host_stage,
-            steps=estimator.good_steps,
+            steps=steps,
             skipped_steps=len(self.daa_guard.skipped),
             samples=seen["samples"],
             tokens=seen["tokens"],
@@ -145,11 +167,8 @@ class AnchorTrainerMixin(DaaTrainerMixin):
             versions=versions(),
             tensors=entries,
         )
-        write_anchor(self.folder, terms, self.manifest)
-        self.anchor_bytes = sum(term.nbytes for term in terms.values())
 
-    def _report(self, common: dict[str, Any]) -> None:
-        manifest = self.manifest
+    def _report(self, manifest: Manifest, anchor_bytes: int, common: dict[str, Any]) -> None:
         write_report(
             Path(self.args.output_dir),
             {
@@ -162,7 +181,7 @@ class AnchorTrainerMixin(DaaTrainerMixin):
                 "correction_mean": None,
                 "domain_only": None,
                 "anchored_params": common["trainable_params"],
-                "anchor_bytes_total": self.anchor_bytes,
+                "anchor_bytes_total": anchor_bytes,
                 "anchor_bytes_per_rank": [],  # none is resident once it is written
                 "anchor_norm": manifest.norm,
                 "samples": manifest.samples,
@@ -173,17 +192,11 @@ class AnchorTrainerMixin(DaaTrainerMixin):
         )
         logger.warning(
             f"Anchor written to {self.folder}: {manifest.steps} steps, {manifest.samples} "
-            f"samples, norm {manifest.norm:.4g}, {self.anchor_bytes / 2**20:.1f} MiB."
+            f"samples, norm {manifest.norm:.4g}, {anchor_bytes / 2**20:.1f} MiB."
         )
 
-    def _settings_of_the_estimate(self) -> dict[str, Any]:
-        settings = self.daa_run.settings
-        return {
-            "stage": "anchor",
-            "daa_anchor_beta": settings.daa_anchor_beta,
-            "datasets": self.daa_run.datasets,
-            "base_fingerprint": self.base_fingerprint,
-        }
+    def _writes(self) -> bool:
+        return self.is_world_process_zero()
 
     def _estimator(self) -> MomentEstimator:
         estimator = self.inner_optimizer()
@@ -191,8 +204,7 @@ class AnchorTrainerMixin(DaaTrainerMixin):
         return estimator
 
     def _total_seen(self) -> dict[str, int]:
-        counts = torch.tensor([list(self.seen.values())], device=self.args.device)
-        total = self.accelerator.gather(counts).sum(0).tolist()
+        total = self.ranks.add_up(torch.tensor(list(self.seen.values()))).tolist()
         return {key: self.seen_before[key] + n for key, n in zip(self.seen, total, strict=True)}
 
 

@@ -2,8 +2,8 @@
 
 `AnchoredOptimizer` is no optimizer of its own. It hangs on an existing Adam by the two hooks
 that torch offers (`register_step_pre_hook`, `register_step_post_hook`), which survive every
-wrapper of the hosts: before the step it measures s_t, blends the gradients and scales
-lr, eps and weight decay; after the step it puts these settings back.
+wrapper of the hosts: before the step it blends the gradients and scales lr, eps and weight
+decay; after the step it puts these settings back.
 
     law                                                       proved in
     daa_k0 = 0 and daa_dc = false: bitwise the plain step     tests/test_laws.py (law 1)
@@ -11,7 +11,7 @@ lr, eps and weight decay; after the step it puts these settings back.
     elements touched at the first step = elements anchored    tests/test_anchored.py (law 6)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from daa_ext.blend import clipped_blend
+from daa_ext.blend import Blend, clipped_blend
 from daa_ext.correction import StepScale, correction, similarity, step_scale
-from daa_ext.lowrank import AnchorTerm
+from daa_ext.layout import Layout, squared_norm
+from daa_ext.resident import ResidentAnchor
 from daa_ext.schedule import gamma
 
 
@@ -49,47 +50,51 @@ class StepRecord:
     effective_lr: float  # eta_t / sqrt(c_t) of the first parameter group
 
 
-@dataclass
-class Piece:
-    """One trainable parameter and its anchor."""
+@dataclass(frozen=True)
+class Measured:
+    """The scalars of one step, of the whole batch and over all ranks, before any clipping.
 
-    name: str
-    parameter: Tensor
-    term: AnchorTerm
+    domain_norm: ||g_D||; inner: <g_D, g_hat>; both finite, without loss scale.
+    """
 
-
-def pair(named: Sequence[tuple[str, Tensor]], terms: Mapping[str, AnchorTerm]) -> list[Piece]:
-    """The pieces of a model whose parameters' names and shapes match the anchor's."""
-    assert {name for name, _ in named} == terms.keys()
-    return [Piece(name, parameter, terms[name]) for name, parameter in named]
+    domain_norm: float
+    inner: float
 
 
 class AnchoredOptimizer:
     """Brings the anchor to `optimizer`.
 
-    Per step: the caller says which step it is and what the host did to the gradient (`arm`),
-    then the host calls `optimizer.step()`. A step that was not armed is an error, so a host
-    that changes its order of calls cannot turn the method off unseen.
+    Per step: `sums` measures, the caller says which step it is and what was found (`arm`), then
+    the host calls `optimizer.step()`, once or once per buffer. A step that was not armed is an
+    error, so a host that changes its order of calls cannot turn the method off unseen; so is a
+    buffer that is stepped twice, or not at all (`finish`).
 
     Args:
         optimizer: any Adam with `lr`, `eps`, `weight_decay` in its parameter groups and
             decoupled decay.
-        pieces: every parameter that trains, once.
+        layout: which fragments lie in which tensors of `optimizer`.
+        anchor: this rank's parts, one for each fragment.
         rule: settings.
 
     Raises:
         ValueError: the anchor is zero, or `optimizer` has no eps to correct.
     """
 
-    def __init__(self, optimizer: Optimizer, pieces: list[Piece], rule: AnnealRule) -> None:
+    def __init__(
+        self, optimizer: Optimizer, layout: Layout, anchor: ResidentAnchor, rule: AnnealRule
+    ) -> None:
         self.rule = rule
-        self.pieces = pieces
-        self.anchor_norm = sum(piece.term.norm() ** 2 for piece in pieces) ** 0.5
-        self.anchored_elements = 0
+        self.layout = layout
+        self.anchor = anchor
+        self.anchored_elements = 0  # on this rank, at the first step
         self.last: StepRecord | None = None
-        self._armed: tuple[int, float] | None = None
+        self._first_step: int | None = None
+        self._optimizer = optimizer
+        self._buffers = {id(buffer.parameter): buffer for buffer in layout.buffers()}
+        self._armed: tuple[Measured, float, Callable[[], float]] | None = None
+        self._waiting: set[int] = set()  # buffers that this step has yet to reach
         self._saved: list[dict[str, float]] = []
-        if self.anchor_norm == 0.0:
+        if anchor.norm == 0.0:
             raise ValueError("The anchor is zero: it has nothing to hold on to. Build it anew.")
         if rule.dc and not all(isinstance(g.get("eps"), float) for g in optimizer.param_groups):
             raise ValueError(
@@ -99,65 +104,91 @@ class AnchoredOptimizer:
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of anchor resident on this rank."""
-        return sum(piece.term.nbytes for piece in self.pieces)
+    @torch.no_grad()
+    def sums(self, device: torch.device) -> Tensor:
+        """[||g||^2, <g, g_hat>] of this rank's gradients as they are now, fp64, on `device`.
 
-    def arm(self, step: int, domain_norm: float) -> None:
-        """Announce optimizer step t = `step` whose whole-batch gradient has norm `domain_norm`.
+        Backwards, so that under ZeRO-3 the blend finds the Vt that it needs first still there.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for fragment, gradient in reversed(list(self.layout.raw())):
+            sums[0] += squared_norm([gradient], device)
+            sums[1] += self.anchor.parts[fragment.name].inner(gradient).to(device)
+        return sums
+
+    def arm(self, step: int, measured: Measured, host_factor: Callable[[], float]) -> None:
+        """Announce optimizer step t = `step`.
 
         Args:
             step: 0 <= t < T.
-            domain_norm: ||g_D||, finite, before the host's clipping.
+            measured: of this step's gradient.
+            host_factor: tells, when the inner step begins, what the host has multiplied g_D by
+                (clipping; what it did to the loss scale).
         """
-        self._armed = (step, domain_norm)
+        assert not self._waiting, "the last step did not reach every buffer"
+        s = similarity(measured.inner, measured.domain_norm, self.anchor.norm)
+        c = correction(s, self.rule.c0) if self.rule.dc else 1.0
+        share = gamma(step, self.rule.total_steps, self.rule.k0) if self.rule.gga else 0.0
+        rate = float(self._optimizer.param_groups[0]["lr"]) * step_scale(c).lr
+        self.last = StepRecord(step, s, c, share, measured.domain_norm, rate)
+        self._first_step = step if self._first_step is None else self._first_step
+        self._armed = (measured, share, host_factor)
+        self._waiting = set(self._buffers)
 
     def skip(self) -> None:
-        """Announce a step without gradients: the optimizer has nothing to do and nor have we."""
+        """Announce that the host throws this step's gradients away."""
+        if self.anchored_elements == 0:
+            self._first_step = None
         self._armed = None
-        assert all(piece.parameter.grad is None for piece in self.pieces)
+        self._waiting = set()
+
+    def finish(self) -> None:
+        """The host says that the step is done: every buffer must have been reached."""
+        assert not self._waiting, "the host stepped only a part of the parameters"
+        self._armed = None
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        reached = [piece for piece in self.pieces if piece.parameter.grad is not None]
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        reached = [p for p in stepped if p.grad is not None]
         if not reached and self._armed is None:
             return
         assert self._armed is not None, "optimizer.step() without arm(): DAA would not run"
-        step, domain_norm = self._armed
-        self._armed = None
+        assert self.last is not None
+        measured, share, host_factor = self._armed
         if not reached:
             raise ValueError(
-                f"Step {step}: no anchored parameter has a gradient, so DAA would not act. Do not "
-                "hand the gradients to another optimizer."
+                f"Step {self.last.step}: no anchored parameter has a gradient, so DAA would not "
+                "act. Do not hand the gradients to another optimizer."
             )
-
-        seen_norm, seen_inner = _norm_and_inner(reached)
-        host_clip = seen_norm / domain_norm if domain_norm > 0.0 else 1.0
-        inner = seen_inner / host_clip if host_clip > 0.0 else 0.0
-        s = similarity(inner, domain_norm, self.anchor_norm)
-        share = gamma(step, self.rule.total_steps, self.rule.k0) if self.rule.gga else 0.0
+        keys = {id(parameter) for parameter in stepped}
+        assert keys <= self._waiting, "a buffer is stepped twice, or is not anchored"
+        self._waiting -= keys
         if share > 0.0:
-            blend = clipped_blend(
-                share,
-                domain_norm=domain_norm,
-                anchor_norm=self.anchor_norm,
-                inner=inner,
-                host_clip=host_clip if host_clip > 0.0 else 1.0,
-                max_norm=self.rule.max_norm,
-            )
-            for piece in self.pieces:
-                if piece.parameter.grad is None:  # the batch did not reach it: g_D is 0 there
-                    piece.parameter.grad = torch.zeros_like(piece.parameter)
-                piece.term.blend_(piece.parameter.grad.view(-1), 0, blend.domain, blend.anchor)
-        c = correction(s, self.rule.c0) if self.rule.dc else 1.0
+            blend = self._blend(measured, share, host_factor())
+            for parameter in stepped:
+                if parameter.grad is None:  # the batch did not reach it: g_D is 0 there
+                    parameter.grad = torch.zeros_like(parameter)
+                flat = parameter.grad.view(-1)
+                for piece in self._buffers[id(parameter)].fragments:
+                    part = flat[piece.offset : piece.offset + piece.numel]
+                    self.anchor.parts[piece.name].blend_(part, blend.domain, blend.anchor)
         if self.rule.dc:
-            self._scale(optimizer, step_scale(c))
-        if self.anchored_elements == 0:  # law 6: at the first step
-            touched = self.pieces if share > 0.0 else reached
-            self.anchored_elements = sum(piece.parameter.numel() for piece in touched)
-        learning_rate = float(optimizer.param_groups[0]["lr"])
-        self.last = StepRecord(step, s, c, share, domain_norm, learning_rate)
+            self._scale(optimizer, step_scale(self.last.correction))
+        if self.last.step == self._first_step:  # law 6
+            touched = stepped if share > 0.0 else reached
+            pieces = (piece for p in touched for piece in self._buffers[id(p)].fragments)
+            self.anchored_elements += sum(piece.numel for piece in pieces)
+
+    def _blend(self, measured: Measured, share: float, factor: float) -> Blend:
+        return clipped_blend(
+            share,
+            domain_norm=measured.domain_norm,
+            anchor_norm=self.anchor.norm,
+            inner=measured.inner,
+            host_clip=factor,
+            max_norm=self.rule.max_norm,
+        )
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group, saved in zip(optimizer.param_groups, self._saved, strict=False):
@@ -169,15 +200,3 @@ class AnchoredOptimizer:
             self._saved.append({key: group[key] for key in asdict(scale)})
             for key, factor in asdict(scale).items():
                 group[key] = group[key] * factor  # not in place: lr may be a tensor
-
-
-def _norm_and_inner(pieces: list[Piece]) -> tuple[float, float]:
-    """||g|| and <g, g_hat> of the gradients as they are now; fp32 products, fp64 sums."""
-    sums = torch.zeros(2, dtype=torch.float64, device=pieces[0].parameter.device)
-    for piece in pieces:
-        assert piece.parameter.grad is not None
-        flat = piece.parameter.grad.view(-1).float()
-        sums[0] += torch.dot(flat, flat)
-        sums[1] += piece.term.inner(flat)
-    squared, inner = sums.tolist()  # the one synchronisation with the device per step
-    return squared**0.5, inner

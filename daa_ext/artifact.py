@@ -15,20 +15,23 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from daa_ext.fragments import Fragment, Shape
 from daa_ext.lowrank import AnchorTerm, Dense, LowRank
 from daa_ext.manifest import FORMAT_VERSION, Manifest
 
-CPU = torch.device("cpu")
-MANIFEST = "anchor.json"
+MANIFEST, INDEX = "anchor.json", "anchor.safetensors.index.json"
+PATTERN, MAX_FILE = "anchor{suffix}.safetensors", "5GB"
 REBUILD = "Delete the folder and build the anchor anew (daa_stage: anchor or auto)."
 
 
@@ -59,26 +62,65 @@ def check_writable(folder: Path, key: str) -> None:
         ) from error
 
 
-def write_anchor(folder: Path, terms: Mapping[str, AnchorTerm], manifest: Manifest) -> None:
+def plan_files(manifest: Manifest) -> dict[str, dict[str, Shape]]:
+    """{file name: {tensor name: shape}} of an anchor, the same whoever computed its tensors."""
+    tensors: dict[str, Tensor] = {}
+    for name, entry in manifest.tensors.items():
+        shapes = {name: entry["shape"]}
+        if entry["kind"] == "factors":
+            (rows, columns), rank = entry["shape"], entry["rank"]
+            factors = {"U": (rows, rank), "S": (rank,), "Vt": (rank, columns)}
+            shapes = {f"{name}.{part}": shape for part, shape in factors.items()}
+        tensors |= {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern=PATTERN, max_shard_size=MAX_FILE
+    )
+    return {
+        file: {key: tuple(tensors[key].shape) for key in keys}
+        for file, keys in split.filename_to_tensors.items()
+    }
+
+
+def write_anchor(
+    folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor]]], manifest: Manifest
+) -> None:
     """Write the folder under a temporary name, then rename: a folder that exists is whole.
 
     An anchor that is there already is replaced; until the new one is in place, the old one is
     kept. Fills in `manifest.files`.
+
+    Args:
+        files: (name, tensors) of each file of `plan_files`; asked for one after another, so that
+            no more than one file's tensors need be in memory.
     """
     _sweep(folder)
     temporary = _temporary(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    places: dict[str, str] = {}
     try:
-        save_torch_state_dict(
-            _state_dict(terms), temporary, filename_pattern="anchor{suffix}.safetensors"
-        )
+        for name, tensors in files:
+            save_file(
+                {key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name
+            )
+            places |= dict.fromkeys(tensors, name)
+            del tensors  # before the next file's come
+        if len(set(places.values())) > 1:
+            index = {"metadata": {}, "weight_map": places}
+            (temporary / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         manifest.files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
         _swap_in(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def tensors_of(name: str, term: AnchorTerm) -> dict[str, Tensor]:
+    """The tensors of one parameter's anchor by the names that they have in the files."""
+    if isinstance(term, LowRank):
+        return {f"{name}.U": term.U_MR, f"{name}.S": term.S_R, f"{name}.Vt": term.Vt_RN}
+    return {name: term.values}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -107,9 +149,12 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
-def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Raise ValueError if a tensor file is missing, truncated or changed (SHA-256)."""
-    for name, expected in manifest.files.items():
+def verify_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
+    """Raise ValueError if a tensor file is missing, truncated or changed (SHA-256).
+
+    Ranks that share a disk can share the work: each verifies the files of one of `parts`.
+    """
+    for name, expected in list(manifest.files.items())[part::parts]:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"daa_anchor={folder}: {name} is missing. {REBUILD}")
@@ -120,44 +165,59 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def read_terms(
-    folder: Path, manifest: Manifest, device: torch.device = CPU
-) -> dict[str, AnchorTerm]:
-    """The anchor of every parameter, fp32, on `device`. Call `verify_files` first.
+class AnchorReader:
+    """Reads parts of an anchor's tensors: no more than asked for comes into memory.
 
-    Raises:
-        ValueError: a tensor that the manifest promises is not in the files.
+    Call `verify_files` first.
     """
-    where = str(device) if device.type != "cpu" else "cpu"  # accelerate's ranks say cpu:0
-    tensors: dict[str, Tensor] = {}
-    for name in manifest.files:
-        if name.endswith(".safetensors"):
-            try:
-                with safe_open(folder / name, framework="pt", device=where) as file:
-                    tensors.update({key: file.get_tensor(key) for key in list(file.keys())})
-            except SafetensorError as error:
-                raise ValueError(f"daa_anchor={folder}: {name}: {error}. {REBUILD}") from error
-    terms: dict[str, AnchorTerm] = {}
-    for name, entry in manifest.tensors.items():
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._files: dict[str, Any] = {}  # tensor name -> the open file that holds it
+        for name in manifest.files:
+            if name.endswith(".safetensors"):
+                file = self._opened(name)
+                self._files |= dict.fromkeys(file.keys(), file)
+
+    def flat(self, tensor: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of a stored tensor in row-major order, fp32, CPU.
+
+        Raises:
+            ValueError: the files have no such tensor, although the manifest promises it.
+        """
+        if tensor not in self._files:
+            raise ValueError(f"daa_anchor={self.folder}: no tensor {tensor}. {REBUILD}")
+        stored = self._files[tensor].get_slice(tensor)
+        shape = tuple(stored.get_shape())
+        if not shape:
+            return self._files[tensor].get_tensor(tensor).reshape(-1)[start : start + numel]
+        piece = Fragment(tensor, shape, start, numel)
+        if piece.numel == 0:
+            return torch.empty(0)
+        first, last = piece.rows
+        return stored[first:last].reshape(-1)[piece.skipped : piece.skipped + numel].clone()
+
+    def whole(self, tensor: str) -> Tensor:
+        """A stored tensor, fp32, CPU."""
+        if tensor not in self._files:
+            raise ValueError(f"daa_anchor={self.folder}: no tensor {tensor}. {REBUILD}")
+        return self._files[tensor].get_tensor(tensor)
+
+    def is_factorized(self, name: str) -> bool:
+        return self.manifest.tensors[name]["kind"] == "factors"
+
+    def term(self, name: str) -> AnchorTerm:
+        """The whole anchor of one parameter."""
+        if self.is_factorized(name):
+            return LowRank(*(self.whole(f"{name}.{part}") for part in ("U", "S", "Vt")))
+        return Dense(self.whole(name))
+
+    def _opened(self, name: str) -> Any:
         try:
-            if entry["kind"] == "factors":
-                terms[name] = LowRank(*(tensors[f"{name}.{part}"] for part in ("U", "S", "Vt")))
-            else:
-                terms[name] = Dense(tensors[name])
-        except KeyError as error:
-            raise ValueError(f"daa_anchor={folder}: no tensor {error}. {REBUILD}") from error
-    return terms
-
-
-def _state_dict(terms: Mapping[str, AnchorTerm]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, term in terms.items():
-        if isinstance(term, LowRank):
-            parts = {"U": term.U_MR, "S": term.S_R, "Vt": term.Vt_RN}
-            tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in parts.items()}
-        else:
-            tensors[name] = term.values.cpu()
-    return tensors
+            return safe_open(self.folder / name, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise ValueError(f"daa_anchor={self.folder}: {name}: {error}. {REBUILD}") from error
 
 
 def _swap_in(temporary: Path, folder: Path) -> None:

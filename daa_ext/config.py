@@ -115,6 +115,13 @@ RULES = {
         lambda v: isinstance(v, bool),
         ANNEALS,
     ),
+    "daa_force_resume": Rule(
+        False,
+        "Resume from a checkpoint although the anchor or a daa_* value is another one now.",
+        "true or false",
+        lambda v: isinstance(v, bool),
+        ALL,
+    ),
     "daa_retention_dataset": Rule(
         None,
         "Held-out general data: its loss is measured before, during and after the run.",
@@ -144,6 +151,7 @@ class DaaSettings:
     daa_c0: float = _unset("daa_c0")
     daa_gga: bool = _unset("daa_gga")
     daa_dc: bool = _unset("daa_dc")
+    daa_force_resume: bool = _unset("daa_force_resume")
     daa_retention_dataset: str = _unset("daa_retention_dataset")
 
     def given(self) -> list[str]:

@@ -7,7 +7,7 @@ anchor are protected by SHA-256.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -37,9 +37,9 @@ def weight_sum(values: Tensor, start: int = 0) -> int:
     return total % (1 << 64)
 
 
-def model_fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Hex digest of names, shapes and weights of `model.named_parameters()`, in any order."""
+def model_fingerprint(weights: Mapping[str, tuple[tuple[int, ...], int]]) -> str:
+    """Hex digest of a model from {parameter name: (shape, `weight_sum` of the whole)}."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(parameters, key=lambda item: item[0]):
-        digest.update(f"{name} {tuple(parameter.shape)} {weight_sum(parameter):x}\n".encode())
+    for name, (shape, total) in sorted(weights.items()):
+        digest.update(f"{name} {tuple(shape)} {total % (1 << 64):x}\n".encode())
     return digest.hexdigest()

@@ -1,8 +1,7 @@
 """The anchor of one parameter: factors U diag(S) Vt, or the tensor itself where that is smaller.
 
-Shapes: M rows, N columns, R the rank kept. Both classes answer the same four questions about a
-contiguous slice (`start`, `numel` in row-major order) of the parameter, so that a rank that
-holds a cut of the flat parameter needs nothing more than its rows.
+Shapes: M rows, N columns, R the rank kept. `Dense` and `LowRank` are the anchor of a whole
+parameter, as it is computed and stored; `parts` has what a rank keeps of it while it trains.
 """
 
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ POWER_ITERATIONS = 2
 EXACT_UP_TO = 3
 # Factors cost two matrix products a step; they must save at least a quarter of the memory.
 MAX_FACTOR_SHARE = 0.75
-SLICE_ELEMENTS = 1 << 24  # bound on the dense scratch of `dense_slice`'s callers, 64 MiB in fp32
 
 
 @dataclass
@@ -37,17 +35,9 @@ class Dense:
     def norm(self) -> float:
         return torch.linalg.vector_norm(self.values, dtype=torch.float64).item()
 
-    def dense_slice(self, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the row-major anchor, a view of shape (numel,)."""
-        return self.values.reshape(-1)[start : start + numel]
-
-    def inner(self, grad: Tensor, start: int = 0) -> Tensor:
-        """<grad, anchor[start : start + len(grad)]> as a 0-d fp64 tensor; `grad` is flat."""
-        return torch.dot(grad.float(), self.dense_slice(start, grad.numel())).double()
-
-    def blend_(self, grad: Tensor, start: int, domain: float, anchor: float) -> None:
-        """grad <- domain * grad + anchor * (this slice of the anchor), in place; `grad` is flat."""
-        grad.mul_(domain).add_(self.dense_slice(start, grad.numel()), alpha=anchor)
+    def dense(self) -> Tensor:
+        """The whole anchor, in the parameter's shape."""
+        return self.values
 
 
 @dataclass
@@ -66,57 +56,12 @@ class LowRank:
     def rank(self) -> int | None:
         return self.S_R.numel()
 
-    @property
-    def columns(self) -> int:
-        return self.Vt_RN.shape[1]
-
     def norm(self) -> float:
         return torch.linalg.vector_norm(self.S_R, dtype=torch.float64).item()
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """Rows [first, last) of the whole matrix, shape (last - first, N)."""
-        return (self.U_MR[first:last] * self.S_R) @ self.Vt_RN
-
-    def dense_slice(self, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the row-major matrix, shape (numel,)."""
-        if numel == 0:
-            return self.U_MR.new_empty(0)
-        first, last = start // self.columns, -(-(start + numel) // self.columns)
-        offset = start - first * self.columns
-        return self.rows(first, last).view(-1)[offset : offset + numel]
-
-    def inner(self, grad: Tensor, start: int = 0) -> Tensor:
-        """<grad, anchor[start : start + len(grad)]> as a 0-d fp64 tensor; `grad` is flat."""
-        total = grad.new_zeros((), dtype=torch.float64)
-        for head, piece in self._chunks(grad):
-            if self._whole_rows(start + head, piece.numel()):
-                first = (start + head) // self.columns
-                G_mN = piece.view(-1, self.columns).float()
-                US_mR = self.U_MR[first : first + G_mN.shape[0]] * self.S_R
-                total += ((US_mR.T @ G_mN) * self.Vt_RN).sum(dtype=torch.float64)
-            else:
-                total += torch.dot(piece.float(), self.dense_slice(start + head, piece.numel()))
-        return total
-
-    def blend_(self, grad: Tensor, start: int, domain: float, anchor: float) -> None:
-        """grad <- domain * grad + anchor * (this slice of the anchor), in place; `grad` is flat."""
-        for head, piece in self._chunks(grad):
-            if self._whole_rows(start + head, piece.numel()) and piece.dtype == self.Vt_RN.dtype:
-                first = (start + head) // self.columns
-                G_mN = piece.view(-1, self.columns)
-                US_mR = self.U_MR[first : first + G_mN.shape[0]] * self.S_R
-                G_mN.addmm_(US_mR, self.Vt_RN, beta=domain, alpha=anchor)
-            else:
-                piece.mul_(domain).add_(self.dense_slice(start + head, piece.numel()), alpha=anchor)
-
-    def _whole_rows(self, start: int, numel: int) -> bool:
-        return start % self.columns == 0 and numel % self.columns == 0
-
-    def _chunks(self, flat: Tensor) -> list[tuple[int, Tensor]]:
-        """(offset, view) pieces of at most SLICE_ELEMENTS elements, in whole rows' lengths."""
-        length = max(1, SLICE_ELEMENTS // self.columns) * self.columns
-        pieces = flat.split(length)
-        return [(i * length, piece) for i, piece in enumerate(pieces) if piece.numel()]
+    def dense(self) -> Tensor:
+        """The whole anchor multiplied out, shape (M, N)."""
+        return (self.U_MR * self.S_R) @ self.Vt_RN
 
 
 AnchorTerm = Union[Dense, LowRank]

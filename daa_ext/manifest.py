@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,14 @@ def describe(term: AnchorTerm, shape: tuple[int, ...], energy: float) -> dict[st
     kind = "factors" if isinstance(term, LowRank) else "dense"
     entry = {"shape": list(shape), "kind": kind, "rank": term.rank}
     return {**entry, "energy": energy, "norm": term.norm()}
+
+
+def anchor_bytes(manifest: Manifest) -> int:
+    """Bytes of all tensors of the anchor (fp32), without the files' headers."""
+    total = 0
+    for entry in manifest.tensors.values():
+        if entry["kind"] == "factors":
+            total += entry["rank"] * (sum(entry["shape"]) + 1)
+        else:
+            total += prod(entry["shape"])
+    return 4 * total

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from daa_ext.fragments import Fragment
+
 Scores = dict[str, float]  # metric name ("loss", "accuracy") -> value
 CHUNK = 1 << 22
 
@@ -87,20 +89,18 @@ class RetentionCard:
         Console(width=92).print(self.table())
 
 
-def snapshot(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Copies of the parameters that train, on the CPU (their own bytes, in host memory)."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in parameters if p.requires_grad}
+def snapshot(weights: Iterable[tuple[Fragment, Tensor]]) -> dict[str, Tensor]:
+    """Copies of weights on the CPU (their own bytes, in host memory), by parameter name."""
+    return {fragment.name: flat.to("cpu", copy=True) for fragment, flat in weights}
 
 
 def count_changed(
-    before: Mapping[str, Tensor], parameters: Iterable[tuple[str, Tensor]]
+    before: Mapping[str, Tensor], weights: Iterable[tuple[Fragment, Tensor]]
 ) -> dict[str, int]:
     """How many weights differ from `before`: as trained, and rounded to bf16 as on export."""
     counts = {"total": 0, "changed": 0, "changed_in_bf16": 0}
-    for name, parameter in parameters:
-        if name not in before:
-            continue
-        old_flat, new_flat = before[name].view(-1), parameter.detach().reshape(-1)
+    for fragment, new_flat in weights:
+        old_flat = before[fragment.name]
         counts["total"] += old_flat.numel()
         for start in range(0, old_flat.numel(), CHUNK):
             old, new = old_flat[start : start + CHUNK], new_flat[start : start + CHUNK].cpu()

@@ -8,8 +8,8 @@ process to the host unchanged. Only this module and plugin.py import the host.
 """
 
 import contextlib
-import copy
 import functools
+import gc
 import importlib
 import inspect
 import sys
@@ -22,20 +22,23 @@ from typing import Any
 import transformers
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.train.callbacks import LogCallback
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
-from transformers.utils import logging
 
+from daa_ext import ds_config
 from daa_ext.anchor_trainer import AnchorTrainerMixin
 from daa_ext.anneal_trainer import AnnealTrainerMixin
 from daa_ext.artifact import is_anchor, read_manifest
-from daa_ext.config import DaaSettings
-from daa_ext.manifest import Manifest
-from daa_ext.trainer import DaaRun
-
-logger = logging.get_logger(__name__)
-
-Arguments = dict[str, Any]  # of a workflow: model_args, data_args, training_args, ...
-
+from daa_ext.passes import (
+    Arguments,
+    DaaRun,
+    anchor_pass,
+    changed,
+    check_reuse,
+    refuse_missing,
+    settings_of_all_ranks,
+    split,
+)
+from daa_ext.ranks import Ranks
+from daa_ext.trainer import DaaTrainerMixin
 
 TRAINERS = {"sft": "CustomSeq2SeqTrainer", "pt": "CustomTrainer"}
 _installed: dict[str, "Workflow"] = {}
@@ -50,12 +53,15 @@ class Workflow:
     trainer_name: str
     trainer: type
 
-    def run(self, mixin: type, arguments: Arguments) -> None:
+    def run(self, mixin: type[DaaTrainerMixin], arguments: Arguments) -> None:
         """Run the workflow with `mixin` in front of its trainer."""
+        training = ds_config.for_stage(arguments["training_args"], mixin.daa_stage)
+        arguments = {**arguments, "training_args": training}
         daa_class = type(f"Daa{self.trainer_name}", (mixin, self.trainer), {})
         factory = functools.partial(daa_class, daa_run=_describe(arguments))
         with _replaced(self.module, self.trainer_name, factory):
             self.function(**arguments)
+        gc.collect()  # model and engine hold each other; the next stage needs their memory
 
 
 def install(stage: str) -> None:
@@ -103,20 +109,23 @@ def run_stages(workflow: Workflow, arguments: Arguments) -> None:
             built otherwise than the YAML says.
     """
     settings, training = arguments["finetuning_args"], arguments["training_args"]
+    ranks = Ranks.of_run(training.device)
+    ranks.refuse_differences(
+        settings_of_all_ranks(arguments), "Start every node with the same YAML."
+    )
     if training.deepspeed:
-        raise ValueError(
-            f"deepspeed={training.deepspeed}: this version of daa_ext runs on one process or DDP "
-            "and does not act under DeepSpeed. Remove the key."
-        )
+        ds_config.refuse(training.deepspeed)
     if settings.daa_stage == "anchor":
         workflow.run(AnchorTrainerMixin, arguments)
         return
     if settings.daa_stage == "auto":
         folder = Path(settings.daa_anchor)
-        if is_anchor(folder):
-            _check_reuse(folder, read_manifest(folder), arguments)
+        found = ranks.gather(is_anchor(folder))
+        if any(found):
+            refuse_missing(folder, found)
+            check_reuse(folder, read_manifest(folder), arguments)
         else:
-            workflow.run(AnchorTrainerMixin, _anchor_pass(arguments))
+            workflow.run(AnchorTrainerMixin, anchor_pass(arguments, [LogCallback()]))
             transformers.set_seed(training.seed)  # as if the pass had not been
     workflow.run(AnnealTrainerMixin, arguments)
 
@@ -136,10 +145,10 @@ def _describe(arguments: Arguments) -> DaaRun:
 
 def _load_eval(arguments: Arguments, names: str, tokenizer: Any) -> dict[str, Any]:
     """Data sets by LLaMA-Factory name, read as the host reads evaluation sets: {name: set}."""
-    data = _changed(
+    data = changed(
         arguments["data_args"],
         dataset=None,
-        eval_dataset=_split(names),
+        eval_dataset=split(names),
         eval_on_each_dataset=True,
         val_size=0.0,
         tokenized_path=None,
@@ -150,97 +159,6 @@ def _load_eval(arguments: Arguments, names: str, tokenizer: Any) -> dict[str, An
         template, arguments["model_args"], data, arguments["training_args"], stage, tokenizer
     )
     return loaded["eval_dataset"]
-
-
-def _check_reuse(folder: Path, manifest: Manifest, arguments: Arguments) -> None:
-    """Say that an anchor is reused; refuse one that was built in another way than asked.
-
-    Template and cutoff_len are the domain's, too, and may differ from domain to domain: said, not
-    refused.
-    """
-    settings: DaaSettings = arguments["finetuning_args"]
-    names = settings.daa_anchor_dataset
-    asked = {
-        "daa_rank": (settings.daa_rank, manifest.rank),
-        "daa_anchor_beta": (settings.daa_anchor_beta, manifest.beta),
-        "daa_anchor_dataset": (_split(names) if names else manifest.datasets, manifest.datasets),
-    }
-    for key, (now, built) in asked.items():
-        if now != built:
-            raise ValueError(
-                f"{key}={now}, but the anchor in daa_anchor={folder} was built with {built}. Name "
-                "another folder, delete this one to build it anew, or give the value it has."
-            )
-    if arguments["data_args"].template != manifest.template:
-        logger.warning(
-            f"template={arguments['data_args'].template}, but the anchor's general data was read "
-            f"with template {manifest.template}."
-        )
-    logger.warning(
-        f"Reusing the anchor in {folder}: {manifest.samples} samples of {manifest.datasets}, "
-        f"template {manifest.template}, cutoff_len {manifest.cutoff_len}."
-    )
-
-
-def _anchor_pass(arguments: Arguments) -> Arguments:
-    """The arguments of stage auto's anchor pass: the general data, one epoch, nothing else."""
-    settings, training = arguments["finetuning_args"], arguments["training_args"]
-    data = arguments["data_args"]
-    if settings.daa_anchor_dataset is None:
-        raise ValueError(
-            f"daa_stage=auto: there is no anchor in daa_anchor={settings.daa_anchor} and "
-            "daa_anchor_dataset is not set. Name the general data to build it from."
-        )
-    if data.streaming:
-        raise ValueError(
-            "streaming=true: stage auto cannot know where the general data ends. Build the anchor "
-            "with daa_stage: anchor and max_steps, then run daa_stage: anneal."
-        )
-    output_dir = str(Path(training.output_dir) / "anchor_pass")
-    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    return {
-        **arguments,
-        "data_args": _changed(
-            data,
-            dataset=_split(settings.daa_anchor_dataset),
-            eval_dataset=None,
-            val_size=0.0,
-            tokenized_path=None,
-            mix_strategy="concat",
-            interleave_probs=None,
-            max_samples=settings.daa_anchor_max_samples or data.max_samples,
-        ),
-        "training_args": _changed(
-            training,
-            output_dir=output_dir,
-            num_train_epochs=1.0,
-            max_steps=-1,
-            eval_strategy=IntervalStrategy.NO,
-            do_eval=False,
-            do_predict=False,
-            predict_with_generate=False,
-            push_to_hub=False,
-            load_best_model_at_end=False,
-            report_to=[],
-            resume_from_checkpoint=None if training.overwrite_output_dir else last,
-        ),
-        "finetuning_args": _changed(
-            settings, plot_loss=False, use_dft_loss=False, use_asft_loss=False, use_eaft_loss=False
-        ),
-        "callbacks": [LogCallback()],
-    }
-
-
-def _split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",")]
-
-
-def _changed(arguments: Any, **changes: Any) -> Any:
-    changed = copy.copy(arguments)
-    for name, value in changes.items():
-        assert hasattr(changed, name), name
-        setattr(changed, name, value)
-    return changed
 
 
 @contextlib.contextmanager

@@ -1,105 +1,100 @@
 """What both stages need of the host's Trainer, met at its public methods and callbacks."""
 
-import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 
-from daa_ext.config import DaaSettings
+from daa_ext.checkpoint import read_state, refuse_other_sharding, write_state
+from daa_ext.engine import EngineSteps
+from daa_ext.fingerprint import model_fingerprint, weight_sum
+from daa_ext.fragments import Fragment, Shape
+from daa_ext.guard import NonFiniteGuard
+from daa_ext.layout import Replicated
+from daa_ext.passes import DaaRun
+from daa_ext.ranks import Ranks
 from daa_ext.report import peak_memory, versions
+from daa_ext.zero import full_shape, layout_of, numel, own_share
 
 if TYPE_CHECKING:
     from transformers import Trainer as HostTrainer
 else:
     HostTrainer = object
 
-logger = logging.get_logger(__name__)
-
-CHECKPOINT_STATE = "daa_state.json"
-
-
-@dataclass(frozen=True)
-class DaaRun:
-    """What the YAML says beyond the arguments that the host hands to its trainers."""
-
-    settings: DaaSettings
-    base_model: str
-    datasets: list[str]
-    template: str | None
-    cutoff_len: int
-    host_stage: str
-    load_eval: Callable[[str, Any], dict[str, Any]]  # (names, tokenizer) -> {name: data set}
-
-
-@dataclass
-class NonFiniteGuard:
-    """Counts steps whose gradient is NaN or infinite; a run with too many is stopped."""
-
-    total_steps: int
-    skipped: list[int] = field(default_factory=list)
-
-    @property
-    def limit(self) -> int:
-        """Steps that may be skipped: 5 % of the run, at least 3."""
-        return max(3, self.total_steps // 20)
-
-    def count(self, step: int) -> None:
-        self.skipped.append(step)
-        logger.warning(f"Step {step}: the gradient is NaN or infinite; the step is skipped.")
-        if len(self.skipped) > self.limit:
-            raise ValueError(
-                f"{len(self.skipped)} steps had a NaN or infinite gradient (steps "
-                f"{self.skipped}), more than the {self.limit} allowed in {self.total_steps}. "
-                "Look for NaN in the base model and for broken samples; lower learning_rate or "
-                "set bf16: true instead of fp16."
-            )
-
 
 class DaaTrainerMixin(HostTrainer):
     """Stands before a host trainer; the subclasses say what a stage does at each event."""
 
+    daa_stage: str  # anchor or anneal
     optimizer: Any  # of the host: an Optimizer, wrapped by accelerate once training begins
 
     def __init__(self, *args: Any, daa_run: DaaRun, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.daa_run = daa_run
+        self.ranks = Ranks.of_run(self.args.device)
         self.daa_guard = NonFiniteGuard(0)
+        self.resumed: dict[str, Any] = {}  # state of the checkpoint that this run resumes from
         self._grad_norm: float | None = None
         self._refuse_unserved()
-        self._host_clip = self.accelerator.clip_grad_norm_
-        self.accelerator.clip_grad_norm_ = self._clip_and_remember  # type: ignore[method-assign]
+        if not self.is_deepspeed_enabled:
+            self._host_clip = self.accelerator.clip_grad_norm_
+            self.accelerator.clip_grad_norm_ = self._clip_and_remember  # type: ignore[method-assign]
         self.add_callback(_StageEvents(self))
 
     def begin(self) -> None:
         """Everything is in place (optimizer, checkpoint), the first step has not been taken."""
-        raise NotImplementedError
+        self.daa_guard.total_steps = self.state.max_steps
+        if self.is_deepspeed_enabled:
+            size = (self.ranks.rank, self.ranks.size)
+            self.layout = layout_of(self.deepspeed, self.trainable(), *size)
+            self._engine_steps = EngineSteps(self.deepspeed, self.layout, self.ranks, self)
+            self._engine_steps.install()
+        else:
+            self.layout = Replicated(self.trainable())
 
     def end(self) -> None:
         """The last step has been taken; the model is what will be saved."""
+        if self.is_deepspeed_enabled:
+            self._engine_steps.uninstall()
 
     def resume(self, checkpoint: str) -> None:
         """The run continues from this checkpoint, which the host has not loaded yet."""
+        self.resumed = self.ranks.together(lambda: self._read_state(checkpoint))
+        self.daa_guard.skipped = self.resumed["skipped"]
+
+    def settings_to_resume(self) -> dict[str, Any]:
+        """What must be the same in a run and in the one that resumes it, unless forced."""
+        return {}
+
+    def fixed_to_resume(self) -> dict[str, Any]:
+        """What must be the same, because a mixture of two values would mean nothing."""
+        return {}
+
+    def sums(self, device: torch.device) -> Tensor:
+        """[||g||^2, <g, g_hat>] of this rank's gradients as they are now, fp64, on `device`."""
         raise NotImplementedError
 
-    def before_step(self, grad_norm: float) -> None:
-        """The whole-batch gradient has this finite norm; the optimizer steps next."""
+    def before_step(self, norm: float) -> None:
+        """The gradient, clipped by the host, had this finite norm; the optimizer steps next."""
 
-    def step_skipped(self) -> None:
-        """The gradients are gone; the optimizer steps next and does nothing."""
+    def before_engine_step(self, norm: float, inner: float, factor: Callable[[], float]) -> None:
+        """The same from a DeepSpeed engine, which has not clipped yet; see `engine.Stage`."""
 
     def after_step(self) -> None:
         """The optimizer has stepped."""
+
+    def step_skipped(self, expected: bool) -> None:
+        """The gradients are gone: NaN or infinite. `expected` under loss scaling."""
+        if not expected:
+            self.daa_guard.count(self.state.global_step)
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What a checkpoint must remember of the stage (JSON). Collective."""
@@ -114,11 +109,27 @@ class DaaTrainerMixin(HostTrainer):
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def inner_optimizer(self) -> Optimizer:
-        """The optimizer itself, without the wrappers of accelerate."""
+        """The optimizer itself, without the wrappers of accelerate and DeepSpeed."""
         optimizer: Any = self.optimizer
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
         return optimizer
+
+    def base_model_fingerprint(self) -> str:
+        """`model_fingerprint` of the weights that train, each rank reading a part. Collective."""
+        shapes = self.trainable_shapes()
+        own = [weight_sum(flat, fragment.start) for fragment, flat in self.own_weights()]
+        signed = [value - (1 << 64) if value >= 1 << 63 else value for value in own]
+        sums = self.ranks.add_up(torch.tensor(signed, device=self.ranks.device)).tolist()
+        pairs = zip(shapes.values(), sums, strict=True)
+        return model_fingerprint(dict(zip(shapes, pairs, strict=True)))
+
+    def own_weights(self) -> Iterator[tuple[Fragment, Tensor]]:
+        """(fragment, its weights, flat) of an equal part of every parameter that trains."""
+        return own_share(self.trainable(), self.ranks.rank, self.ranks.size)
+
+    def trainable_shapes(self) -> dict[str, Shape]:
+        return {name: full_shape(parameter) for name, parameter in self.trainable()}
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         self.daa_started = time.perf_counter()
@@ -130,6 +141,8 @@ class DaaTrainerMixin(HostTrainer):
 
     def prepare_step(self) -> None:
         """Between backward and optimizer step: hand over the norm, or skip what is not finite."""
+        if self.is_deepspeed_enabled:
+            return  # the engine has stepped inside backward
         if self._grad_norm is None:  # with max_grad_norm: 0 transformers 5.0 does not ask
             parameters = [parameter for _, parameter in self.trainable()]
             self._grad_norm = float(self._host_clip(parameters, math.inf))
@@ -137,30 +150,61 @@ class DaaTrainerMixin(HostTrainer):
         if math.isfinite(norm):
             self.before_step(norm)
             return
-        if self.accelerator.scaler is None:  # with one, infinite gradients are its daily work
-            self.daa_guard.count(self.state.global_step)
         self.optimizer.zero_grad()
-        self.step_skipped()
+        self.step_skipped(expected=self.accelerator.scaler is not None)
+
+    def step_taken(self) -> None:
+        """The host says that an optimizer step is over."""
+        if not self.is_deepspeed_enabled:
+            self.after_step()
 
     def common_report(self) -> dict[str, Any]:
         """The fields of daa_report.json that do not depend on the stage. Collective."""
         wall = time.perf_counter() - self.daa_started
         accelerators = self.args.world_size if self.args.device.type != "cpu" else 0
         return {
-            "trainable_params": sum(p.numel() for _, p in self.trainable()),
+            "trainable_params": sum(numel(p) for _, p in self.trainable()),
             "skipped_steps": self.daa_guard.skipped,
             "world_size": self.args.world_size,
             "wall_seconds": wall,
             "gpu_hours": wall / 3600 * accelerators,
-            "peak_memory_bytes_per_rank": gather_object([peak_memory()]),
+            "peak_memory_bytes_per_rank": self.ranks.gather(peak_memory()),
             "versions": versions(),
         }
 
     def save_checkpoint_state(self) -> None:
-        content = {"total_steps": self.state.max_steps, **self.checkpoint_state()}
+        content = {
+            "total_steps": self.state.max_steps,
+            "stage": self.daa_stage,
+            "skipped": self.daa_guard.skipped,
+            **self._sharding(),
+            **self.fixed_to_resume(),
+            **self.settings_to_resume(),
+            **self.checkpoint_state(),
+        }
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / CHECKPOINT_STATE).write_text(json.dumps(content))
+            write_state(folder, content)
+
+    def _read_state(self, checkpoint: str) -> dict[str, Any]:
+        expected = {"stage": self.daa_stage, **self.fixed_to_resume()}
+        force = self.daa_run.settings.daa_force_resume
+        state = read_state(checkpoint, expected, self.settings_to_resume(), force)
+        universal = bool(self._ds_value("checkpoint.load_universal"))
+        refuse_other_sharding(checkpoint, state, self._sharding(), universal)
+        return state
+
+    def _sharding(self) -> dict[str, Any]:
+        """How DeepSpeed shards this run: its checkpoints can be read by the same alone."""
+        stage = (
+            (self._ds_value("zero_optimization.stage") or 0) if self.is_deepspeed_enabled else None
+        )
+        return {"zero_stage": stage, "world_size": self.ranks.size}
+
+    def _ds_value(self, key: str) -> Any:
+        if not self.is_deepspeed_enabled:
+            return None
+        return self.accelerator.state.deepspeed_plugin.hf_ds_config.get_value(key)
 
     def _clip_and_remember(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         norm = self._host_clip(parameters, self.clip_threshold(max_norm), norm_type=norm_type)
@@ -168,11 +212,10 @@ class DaaTrainerMixin(HostTrainer):
         return norm
 
     def _refuse_unserved(self) -> None:
-        kind = self.accelerator.distributed_type
-        if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        if self.accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError(
-                f"finetuning_type=daa does not serve {kind.value} yet: this version runs on one "
-                "process or DDP. Remove deepspeed/fsdp from the YAML."
+                "finetuning_type=daa does not serve FSDP: use DDP or DeepSpeed ZeRO "
+                "(deepspeed: deepspeed_configs/ds_z3.json shards the weights as FSDP does)."
             )
         if getattr(self.model, "is_quantized", False):
             raise ValueError(
@@ -180,40 +223,12 @@ class DaaTrainerMixin(HostTrainer):
                 f"({self.daa_run.base_model}). Use the unquantized model."
             )
         for name, parameter in self.trainable():
-            if parameter.dtype != torch.float32:
+            # DeepSpeed keeps fp32 weights of its own where the model computes in bf16 or fp16.
+            if parameter.dtype != torch.float32 and not self.is_deepspeed_enabled:
                 raise ValueError(
                     f"{name} trains in {parameter.dtype}: a step of learning_rate=1e-7 vanishes "
                     "there. DAA needs fp32 weights (bf16: true computes in bf16 and keeps them)."
                 )
-
-
-def read_checkpoint_state(checkpoint: str, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """What `save_checkpoint_state` wrote.
-
-    Args:
-        checkpoint: the folder that the run resumes from.
-        expected: entries that must be what they were, by name.
-
-    Raises:
-        ValueError: not a checkpoint of this method, or an entry differs.
-    """
-    path = Path(checkpoint) / CHECKPOINT_STATE
-    try:
-        state = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"resume_from_checkpoint={checkpoint}: {CHECKPOINT_STATE} is missing or damaged "
-            f"({error}): not a whole checkpoint of a DAA run. Resume from another checkpoint, or "
-            "start anew with overwrite_output_dir: true."
-        ) from error
-    for name, value in expected.items():
-        if state.get(name) != value:
-            raise ValueError(
-                f"resume_from_checkpoint={checkpoint}: {name}={value} now, but the run that is "
-                f"to be resumed had {name}={state.get(name)}. Resume with the same value, or "
-                "start anew with overwrite_output_dir: true."
-            )
-    return state
 
 
 class _StageEvents(TrainerCallback):
@@ -223,14 +238,13 @@ class _StageEvents(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.daa_guard.total_steps = state.max_steps
         self.trainer.begin()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.prepare_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.after_step()
+        self.trainer.step_taken()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.save_checkpoint_state()

@@ -12,6 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from daa_ext.artifact import AnchorReader, read_manifest
+
 Weights = dict[str, torch.Tensor]
 CLI = Path(sys.executable).with_name("llamafactory-cli")
 
@@ -89,6 +91,25 @@ class Host:
         assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         return done
 
+    def ranks(
+        self, jobs: list[dict[str, Any]], count: int, check: bool = True, **environment: str
+    ) -> list[dict[int, str]]:
+        """Run the jobs one after another on `count` ranks (rank.py); the errors of each rank."""
+        path = self.folder / f"jobs{count}" / "jobs.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(jobs))
+        command = [str(CLI.with_name("torchrun")), "--standalone", "--nproc_per_node", str(count)]
+        done = subprocess.run(
+            [*command, str(Path(__file__).with_name("rank.py")), str(path)],
+            capture_output=True, text=True, timeout=60 + 30 * len(jobs), cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        texts = [path.with_name(f"errors.{rank}.json").read_text() for rank in range(count)]
+        errors = [{int(i): words for i, words in json.loads(text).items()} for text in texts]
+        assert not check or not any(errors), errors
+        return errors
+
 
 def weights(folder: Path) -> Weights:
     """The saved weights of a run, by name, over all its files."""
@@ -97,6 +118,13 @@ def weights(folder: Path) -> Weights:
         found |= load_file(path)
     assert found, f"no weights in {folder}"
     return found
+
+
+def anchor_of(folder: Path) -> Weights:
+    """A stored anchor multiplied out, by parameter name."""
+    manifest = read_manifest(folder)
+    reader = AnchorReader(folder, manifest)
+    return {name: reader.term(name).dense() for name in manifest.tensors}
 
 
 def same(a: Weights, b: Weights) -> bool:

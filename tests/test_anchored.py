@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from pieces import part_of
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from daa_ext.anchored import AnchoredOptimizer, AnnealRule, pair
+from daa_ext.anchored import AnchoredOptimizer, AnnealRule, Measured
+from daa_ext.layout import Replicated
 from daa_ext.lowrank import AnchorTerm, compress
+from daa_ext.resident import ResidentAnchor
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "wide": (8, 20),
@@ -27,6 +30,7 @@ TOTAL = 4
 RULE = AnnealRule(total_steps=TOTAL, k0=2.0, c0=0.01, gga=True, dc=True, max_norm=1.0)
 OFF = replace(RULE, gga=False, dc=False)
 ADAM: dict[str, Any] = {"lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.3}
+CPU = torch.device("cpu")
 Model = dict[str, Parameter]
 
 
@@ -48,7 +52,17 @@ def gradients(step: int) -> dict[str, Tensor]:
 
 
 def attach(optimizer: Optimizer, weights: Model, rule: AnnealRule = RULE) -> AnchoredOptimizer:
-    return AnchoredOptimizer(optimizer, pair(list(weights.items()), anchor()), rule)
+    layout, terms = Replicated(list(weights.items())), anchor()
+    parts = {f.name: part_of(terms[f.name], f) for f in layout.fragments_of(0)}
+    norm = sum(term.norm() ** 2 for term in terms.values()) ** 0.5
+    return AnchoredOptimizer(optimizer, layout, ResidentAnchor(parts, norm), rule)
+
+
+def announce(anchored: AnchoredOptimizer, step: int, norm: float) -> None:
+    """Arm a step whose gradients, of norm `norm`, the host has clipped already."""
+    squared, inner = anchored.sums(CPU).tolist()
+    factor = squared**0.5 / norm if norm > 0.0 and squared > 0.0 else 1.0
+    anchored.arm(step, Measured(norm, inner / factor), lambda: factor)
 
 
 def give(weights: Model, grads: dict[str, Tensor], max_norm: float) -> float:
@@ -67,8 +81,10 @@ def train(
     for step in range(steps):
         norm = give(weights, gradients(step), RULE.max_norm if rule is None else rule.max_norm)
         if anchored:
-            anchored.arm(step, norm)
+            announce(anchored, step, norm)
         optimizer.step()
+        if anchored:
+            anchored.finish()
 
 
 def adam(weights: Model, **changes: Any) -> torch.optim.AdamW:
@@ -86,7 +102,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def whole_anchor() -> Tensor:
-    return flat([term.dense_slice(0, model()[name].numel()) for name, term in anchor().items()])
+    return flat([term.dense() for term in anchor().values()])
 
 
 def by_hand(rule: AnnealRule) -> tuple[Tensor, list[tuple[float, float, float]]]:
@@ -132,8 +148,9 @@ def test_full_step_is_the_equations_by_hand(name: str) -> None:
     anchored = attach(optimizer, weights, rule)
     for step in range(TOTAL):
         norm = give(weights, gradients(step), rule.max_norm)
-        anchored.arm(step, norm)
+        announce(anchored, step, norm)
         optimizer.step()
+        anchored.finish()
         last = anchored.last
         assert last is not None
         assert (last.step, last.domain_grad_norm) == (step, norm)
@@ -152,9 +169,10 @@ def test_no_effect_when_switched_off(rule: AnnealRule, max_norm: float) -> None:
     optimizer, reference = adam(weights), adam(plain)
     anchored = attach(optimizer, weights, rule)
     for step in range(TOTAL):
-        anchored.arm(step, give(weights, gradients(step), max_norm))
+        announce(anchored, step, give(weights, gradients(step), max_norm))
         give(plain, gradients(step), max_norm)
         optimizer.step()
+        anchored.finish()
         reference.step()
         for name in SHAPES:
             assert torch.equal(weights[name], plain[name])
@@ -184,8 +202,9 @@ def test_settings_are_put_back_and_the_scheduler_never_sees_them_scaled() -> Non
     anchored = attach(optimizer, weights)
     for step in range(TOTAL):
         before = [{k: g[k] for k in ("lr", "eps", "weight_decay")} for g in optimizer.param_groups]
-        anchored.arm(step, give(weights, gradients(step), 1.0))
+        announce(anchored, step, give(weights, gradients(step), 1.0))
         optimizer.step()
+        anchored.finish()
         assert [{k: g[k] for k in before[0]} for g in optimizer.param_groups] == before
         assert anchored.last is not None
         wanted = 0.05 * (1 - step / TOTAL) / anchored.last.correction**0.5
@@ -211,6 +230,20 @@ def test_other_adam_kernels_do_the_same_step(kind: str) -> None:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_of_the_gradients_as_they_are(dtype: torch.dtype) -> None:
+    """Scaled, in bf16, or missing; measuring changes none of them."""
+    weights = model(dtype)
+    anchored = attach(adam(weights), weights)
+    give(weights, {n: 1024 * g for n, g in gradients(0).items() if n != "tall"}, 0.0)
+    given = {n: grad_of(p).clone() for n, p in weights.items() if n != "tall"}
+    wide = flat([given.get(n, torch.zeros(SHAPES[n])) for n in SHAPES])
+    wanted = torch.stack([wide.dot(wide), wide.dot(whole_anchor())])
+    torch.testing.assert_close(anchored.sums(CPU), wanted, rtol=1e-5, atol=0)
+    assert weights["tall"].grad is None
+    assert all(torch.equal(grad_of(weights[n]), grad) for n, grad in given.items())
+
+
 # law 6
 
 
@@ -219,11 +252,14 @@ def test_law_6_every_anchored_element_is_touched() -> None:
     optimizer = adam(weights)
     anchored = attach(optimizer, weights)
     assert anchored.anchored_elements == 0
-    anchored.arm(0, give(weights, gradients(0), 1.0))
-    optimizer.step()
-    assert anchored.anchored_elements == sum(p.numel() for p in weights.values())
-    assert anchored.nbytes == sum(term.nbytes for term in anchor().values())
-    assert anchored.anchor_norm == pytest.approx(float(whole_anchor().norm()), rel=1e-5)
+    for step in range(2):
+        announce(anchored, step, give(weights, gradients(step), 1.0))
+        optimizer.step()
+        anchored.finish()
+        assert anchored.anchored_elements == sum(p.numel() for p in weights.values())
+    u_and_s_in_one = sum(term.nbytes - 4 * (term.rank or 0) for term in anchor().values())
+    assert anchored.anchor.nbytes == u_and_s_in_one
+    assert anchored.anchor.norm == pytest.approx(float(whole_anchor().norm()), rel=1e-5)
 
 
 @pytest.mark.parametrize("missing", ["tall", "scalar"])
@@ -243,8 +279,9 @@ def test_a_parameter_that_the_batch_does_not_reach_is_anchored(missing: str, ste
                     weights[missing].grad = None
             else:
                 norm = give(weights, grads, 1.0)
-            anchored.arm(t, norm)
+            announce(anchored, t, norm)
             optimizer.step()
+            anchored.finish()
         assert anchored.anchored_elements == sum(p.numel() for p in weights.values())
     assert all(torch.equal(found[name], expected[name]) for name in SHAPES)
     assert not torch.equal(found[missing], model()[missing])
@@ -256,9 +293,10 @@ def test_law_6_a_step_without_any_gradient_is_an_error(step: int) -> None:
     optimizer = adam(weights)
     anchored = attach(optimizer, weights)
     for t in range(step):
-        anchored.arm(t, give(weights, gradients(t), 1.0))
+        announce(anchored, t, give(weights, gradients(t), 1.0))
         optimizer.step()
+        anchored.finish()
     optimizer.zero_grad()
-    anchored.arm(step, 1.0)
+    announce(anchored, step, 1.0)
     with pytest.raises(ValueError, match=f"Step {step}: no anchored parameter has a gradient"):
         optimizer.step()

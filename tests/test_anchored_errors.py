@@ -5,18 +5,33 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_anchored import OFF, RULE, SHAPES, adam, anchor, attach, give, gradients, model, train
+from pieces import part_of
+from test_anchored import (
+    CPU,
+    OFF,
+    RULE,
+    SHAPES,
+    adam,
+    anchor,
+    announce,
+    attach,
+    give,
+    gradients,
+    model,
+    train,
+)
 
-from daa_ext.anchored import AnchoredOptimizer, Piece, pair
+from daa_ext.anchored import AnchoredOptimizer
+from daa_ext.layout import Replicated
 from daa_ext.lowrank import Dense
+from daa_ext.resident import ResidentAnchor
 
 
 def test_sgd_is_anchored_without_correction_and_refused_with_it() -> None:
     weights, expected, rule = model(), model(), replace(RULE, dc=False, max_norm=0.0)
     train(torch.optim.SGD(weights.values(), lr=0.1), weights, rule, steps=1)
     for name, term in anchor().items():
-        g_hat = term.dense_slice(0, expected[name].numel()).view(SHAPES[name])
-        wanted = expected[name] - 0.1 * (0.5 * g_hat + 0.5 * gradients(0)[name])
+        wanted = expected[name] - 0.1 * (0.5 * term.dense() + 0.5 * gradients(0)[name])
         torch.testing.assert_close(weights[name], wanted)
     with pytest.raises(ValueError, match="daa_dc=true needs an Adam, and SGD"):
         attach(torch.optim.SGD(model().values(), lr=0.1), model())
@@ -32,16 +47,35 @@ def test_optimizer_whose_eps_is_no_number_is_refused() -> None:
 
 def test_zero_anchor_is_refused() -> None:
     weights = model()
-    pieces = [Piece(n, p, Dense(torch.zeros_like(p))) for n, p in weights.items()]
+    layout = Replicated(list(weights.items()))
+    parts = {f.name: part_of(Dense(torch.zeros(f.shape)), f) for f in layout.fragments_of(0)}
     with pytest.raises(ValueError, match="anchor is zero"):
-        AnchoredOptimizer(adam(weights), pieces, RULE)
+        AnchoredOptimizer(adam(weights), layout, ResidentAnchor(parts, 0.0), RULE)
 
 
-def test_anchor_of_other_parameters_is_not_paired() -> None:
-    named = list(model().items())
-    assert [piece.name for piece in pair(named, anchor())] == list(SHAPES)
-    with pytest.raises(AssertionError):
-        pair(named[:-1], anchor())
+def test_weights_that_have_no_anchor_are_an_error() -> None:
+    weights = model()
+    some = {name: weights[name] for name in list(SHAPES)[:-1]}
+    optimizer = adam(weights)
+    anchored = attach(optimizer, some)
+    announce(anchored, 0, give(weights, gradients(0), 1.0))
+    with pytest.raises(AssertionError, match="not anchored"):
+        optimizer.step()
+    assert all(torch.equal(weights[name], model()[name]) for name in SHAPES)
+    whole = attach(adam(some), weights)
+    del whole.anchor.parts["tall"]
+    with pytest.raises(KeyError, match="tall"):
+        whole.sums(CPU)
+
+
+def test_weights_that_the_optimizer_does_not_have_are_an_error() -> None:
+    weights = model()
+    optimizer = adam({name: weights[name] for name in list(SHAPES)[:-1]})
+    anchored = attach(optimizer, weights)
+    announce(anchored, 0, give(weights, gradients(0), 1.0))
+    optimizer.step()
+    with pytest.raises(AssertionError, match="only a part"):
+        anchored.finish()
 
 
 def test_step_that_was_not_announced_is_an_error() -> None:
@@ -52,8 +86,9 @@ def test_step_that_was_not_announced_is_an_error() -> None:
     with pytest.raises(AssertionError, match="without arm"):
         optimizer.step()
     assert all(torch.equal(weights[name], model()[name]) for name in SHAPES)
-    anchored.arm(0, give(weights, gradients(0), 1.0))
+    announce(anchored, 0, give(weights, gradients(0), 1.0))
     optimizer.step()
+    anchored.finish()
     give(weights, gradients(1), 1.0)
     with pytest.raises(AssertionError, match="without arm"):
         optimizer.step()
@@ -64,14 +99,17 @@ def test_skipped_step_changes_nothing_and_the_next_one_goes_on() -> None:
     optimizer, reference = adam(weights), adam(other)
     anchored, unskipped = attach(optimizer, weights), attach(reference, other)
     for step in range(3):
-        unskipped.arm(step, give(other, gradients(step), 1.0))
+        announce(unskipped, step, give(other, gradients(step), 1.0))
         reference.step()
-        anchored.arm(step, give(weights, gradients(step), 1.0))
+        unskipped.finish()
+        announce(anchored, step, give(weights, gradients(step), 1.0))
         optimizer.step()
+        anchored.finish()
         before = copy.deepcopy((list(weights.values()), optimizer.state_dict(), anchored.last))
         give(weights, {}, 0.0)
         anchored.skip()
         optimizer.step()
+        anchored.finish()
         state = optimizer.state_dict()
         assert state["param_groups"] == before[1]["param_groups"]
         assert anchored.last == before[2]
@@ -84,10 +122,13 @@ def test_skipped_step_changes_nothing_and_the_next_one_goes_on() -> None:
 
 def test_skipping_with_gradients_present_is_an_error() -> None:
     weights = model()
-    anchored = attach(adam(weights), weights)
-    give(weights, gradients(0), 1.0)
-    with pytest.raises(AssertionError):
-        anchored.skip()
+    optimizer = adam(weights)
+    anchored = attach(optimizer, weights)
+    announce(anchored, 0, give(weights, gradients(0), 1.0))
+    anchored.skip()
+    with pytest.raises(AssertionError, match="without arm"):
+        optimizer.step()
+    assert all(torch.equal(weights[name], model()[name]) for name in SHAPES)
 
 
 def test_armed_step_that_is_skipped_is_disarmed() -> None:
@@ -95,7 +136,7 @@ def test_armed_step_that_is_skipped_is_disarmed() -> None:
     weights = model()
     optimizer = adam(weights)
     anchored = attach(optimizer, weights, replace(OFF, gga=True))
-    anchored.arm(0, give(weights, gradients(0), 1.0))
+    announce(anchored, 0, give(weights, gradients(0), 1.0))
     optimizer.zero_grad()
     anchored.skip()
     optimizer.step()
@@ -111,10 +152,9 @@ def test_zero_domain_gradient_steps_along_the_anchor_alone() -> None:
     optimizer = torch.optim.SGD(weights.values(), lr=1.0)
     anchored = attach(optimizer, weights, rule)
     norm = give(weights, {n: torch.zeros(s) for n, s in SHAPES.items()}, 0.0)
-    anchored.arm(0, norm)
+    announce(anchored, 0, norm)
     optimizer.step()
     assert anchored.last is not None
     assert (norm, anchored.last.similarity, anchored.last.correction) == (0.0, 0.0, 1.0)
     for name, term in anchor().items():
-        moved = (model()[name] - weights[name]).view(-1)
-        torch.testing.assert_close(moved, 0.5 * term.dense_slice(0, moved.numel()))
+        torch.testing.assert_close(model()[name] - weights[name], 0.5 * term.dense())

@@ -1,10 +1,10 @@
 """The anchor folder: whole or not there, and every damage named."""
 
-import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from daa_ext import artifact
-from daa_ext.artifact import read_manifest, read_terms, write_anchor
+from daa_ext.artifact import AnchorReader, plan_files, read_manifest, tensors_of, write_anchor
 from daa_ext.lowrank import AnchorTerm, Dense, LowRank
-from daa_ext.manifest import Manifest, describe, verify_model
+from daa_ext.manifest import Manifest, anchor_bytes, describe, verify_model
 
 Terms = dict[str, AnchorTerm]
+SMALL = "0.5KB"  # a shard size of 500 bytes: the anchor of this test takes several files
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -39,13 +40,14 @@ def make_terms(seed: int = 0) -> Terms:
         "Odd name/\u00e4.U": Dense(noise(5, seed=seed)),
         "scalar": Dense(noise(seed=seed)),
         "one.one": Dense(noise(1, 1, seed=seed)),
+        "cube": Dense(noise(2, 3, 4, seed=seed)),
         "empty": Dense(noise(0, 4)),
     }
 
 
 def shape_of(term: AnchorTerm) -> tuple[int, ...]:
     if isinstance(term, LowRank):
-        return (term.U_MR.shape[0], term.columns)
+        return (term.U_MR.shape[0], term.Vt_RN.shape[1])
     return tuple(term.values.shape)
 
 
@@ -61,27 +63,34 @@ def make_manifest(terms: Terms, **changes: Any) -> Manifest:
     return Manifest(**content | changes)
 
 
+def stored(terms: Terms) -> dict[str, Tensor]:
+    """All tensors of an anchor by the names that they have in the files."""
+    return {key: t for name, term in terms.items() for key, t in tensors_of(name, term).items()}
+
+
+def files(terms: Terms, manifest: Manifest) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    for file, shapes in plan_files(manifest).items():
+        yield file, {key: stored(terms)[key] for key in shapes}
+
+
 def write(folder: Path, seed: int = 0) -> Manifest:
     terms = make_terms(seed)
     manifest = make_manifest(terms, seed=seed)
-    write_anchor(folder, terms, manifest)
+    write_anchor(folder, files(terms, manifest), manifest)
     return manifest
 
 
-def tensors(terms: Terms) -> dict[str, Tensor]:
-    flat: dict[str, Tensor] = {}
-    for name, term in terms.items():
-        for part, tensor in vars(term).items():
-            flat[f"{name} {part}"] = tensor
-    return flat
+def read_all(folder: Path) -> Terms:
+    manifest = read_manifest(folder)
+    artifact.verify_files(folder, manifest)
+    reader = AnchorReader(folder, manifest)
+    return {name: reader.term(name) for name in manifest.tensors}
 
 
 def assert_holds(folder: Path, seed: int) -> None:
     """The folder is the whole anchor that `write(folder, seed)` wrote, bit by bit."""
-    manifest = read_manifest(folder)
-    artifact.verify_files(folder, manifest)
-    found, wanted = tensors(read_terms(folder, manifest)), tensors(make_terms(seed))
-    assert manifest.seed == seed
+    found, wanted = stored(read_all(folder)), stored(make_terms(seed))
+    assert read_manifest(folder).seed == seed
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
@@ -98,7 +107,7 @@ def test_round_trip_is_bitwise(tmp_path: Path) -> None:
 def test_tensors_are_named_by_parameter_and_manifest_describes_them(tmp_path: Path) -> None:
     write(tmp_path / "a")
     keys = load_file(tmp_path / "a" / "anchor.safetensors").keys()
-    dense = {"lm_head.weight", "Odd name/\u00e4.U", "scalar", "one.one", "empty"}
+    dense = {"lm_head.weight", "Odd name/\u00e4.U", "scalar", "one.one", "cube", "empty"}
     factors = {f"model.layers.{i}.q.weight.{part}" for i in (0, 10) for part in ("U", "S", "Vt")}
     assert keys == dense | factors
     content = json.loads((tmp_path / "a" / "anchor.json").read_text())
@@ -119,16 +128,61 @@ def test_digest_depends_on_the_tensors_alone(tmp_path: Path) -> None:
 
 
 def test_shards_and_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = functools.partial(artifact.save_torch_state_dict, max_shard_size=500)
-    monkeypatch.setattr(artifact, "save_torch_state_dict", small)
-    files = sorted(write(tmp_path / "a").files)
-    assert files[0].startswith("anchor-00001-of-0000")
-    assert files[-1] == "anchor.safetensors.index.json"
-    assert len(files) > 3
+    monkeypatch.setattr(artifact, "MAX_FILE", SMALL)
+    written = sorted(write(tmp_path / "a").files)
+    assert written[0].startswith("anchor-00001-of-0000")
+    assert written[-1] == "anchor.safetensors.index.json"
+    assert len(written) > 3
     assert_holds(tmp_path / "a", 0)
-    (tmp_path / "a" / files[1]).unlink()
-    with pytest.raises(ValueError, match=f"{files[1]} is missing"):
+    index = json.loads((tmp_path / "a" / written[-1]).read_text())
+    places = {key: n for n in written[:-1] for key in load_file(tmp_path / "a" / n)}
+    assert index["weight_map"] == places
+    assert places.keys() == stored(make_terms()).keys()
+    (tmp_path / "a" / written[1]).unlink()
+    with pytest.raises(ValueError, match=f"{written[1]} is missing"):
         artifact.verify_files(tmp_path / "a", read_manifest(tmp_path / "a"))
+
+
+def test_files_are_planned_from_the_manifest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make_manifest(make_terms())
+    shapes = {key: tuple(tensor.shape) for key, tensor in stored(make_terms()).items()}
+    assert plan_files(manifest) == {"anchor.safetensors": shapes}
+    monkeypatch.setattr(artifact, "MAX_FILE", SMALL)
+    plan = plan_files(manifest)
+    assert {key: shape for part in plan.values() for key, shape in part.items()} == shapes
+    assert sum(len(part) for part in plan.values()) == len(shapes), "each tensor in one file"
+    for part in plan.values():
+        total = sum(4 * torch.Size(shape).numel() for shape in part.values())
+        assert total <= 500 or len(part) == 1
+    read = Manifest(**json.loads(json.dumps(asdict(manifest))))
+    assert plan_files(read) == plan
+
+
+def test_only_one_file_of_tensors_is_alive_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact, "MAX_FILE", SMALL)
+    terms = make_terms()
+    manifest = make_manifest(terms)
+    alive: list[weakref.ref[Tensor]] = []
+
+    def copies() -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for file, tensors in files(terms, manifest):
+            assert not [ref for ref in alive if ref() is not None], f"before {file}"
+            yield file, {key: remembered(tensor.clone()) for key, tensor in tensors.items()}
+
+    def remembered(tensor: Tensor) -> Tensor:
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    write_anchor(tmp_path / "a", copies(), manifest)
+    assert len(alive) == len(stored(terms))
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    terms = make_terms()
+    wanted = sum(term.nbytes for term in terms.values())
+    assert anchor_bytes(make_manifest(terms)) == wanted
 
 
 # damage
@@ -172,12 +226,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-def read_all(folder: Path) -> Terms:
-    manifest = read_manifest(folder)
-    artifact.verify_files(folder, manifest)
-    return read_terms(folder, manifest)
-
-
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_an_error_that_names_folder_and_mend(tmp_path: Path, name: str) -> None:
     damage, message = DAMAGE[name]
@@ -197,8 +245,9 @@ def test_unverified_reading_never_returns_less_than_promised(tmp_path: Path, dam
         cut(tmp_path / "a" / "anchor.safetensors", 999)
     else:
         manifest.tensors["new.weight"] = {"kind": "dense", "shape": [1]}
-    with pytest.raises(ValueError, match=r"daa_anchor=.*anew"):
-        read_terms(tmp_path / "a", manifest)
+    for read in (AnchorReader.term, AnchorReader.whole, lambda r, name: r.flat(name, 0, 1)):
+        with pytest.raises(ValueError, match=r"daa_anchor=.*anew"):
+            read(AnchorReader(tmp_path / "a", manifest), "new.weight")
 
 
 # the model it was made for

@@ -6,18 +6,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
-from test_artifact import assert_holds, write
+from test_artifact import SMALL, assert_holds, files, make_manifest, make_terms, write
 
 from daa_ext import artifact
-from daa_ext.artifact import check_writable, is_anchor, read_manifest
+from daa_ext.artifact import check_writable, is_anchor, read_manifest, write_anchor
 
-REAL_SAVE, REAL_RENAME = artifact.save_torch_state_dict, os.rename
+REAL_SAVE, REAL_RENAME, REAL_WRITE = artifact.save_file, os.rename, Path.write_text
 
 
 def die(*args: Any, **kwargs: Any) -> NoReturn:
@@ -26,15 +26,28 @@ def die(*args: Any, **kwargs: Any) -> NoReturn:
     raise AssertionError("unreachable")
 
 
-def save_half(state: Any, folder: Path, **kwargs: Any) -> None:
-    REAL_SAVE(state, folder, **kwargs)
-    os.truncate(folder / "anchor.safetensors", 500)
+def save_half(tensors: Any, path: Path) -> NoReturn:
+    REAL_SAVE(tensors, path)
+    os.truncate(path, 500)
     die()
+
+
+def save_one(tensors: Any, path: Path) -> None:
+    if any(path.parent.iterdir()):
+        die()
+    REAL_SAVE(tensors, path)
 
 
 def write_half(path: Path, text: str) -> NoReturn:
     path.write_bytes(text[: len(text) // 2].encode())
     die()
+
+
+def at_manifest(replacement: Callable[[Path, str], Any]) -> Callable[[Path, str], Any]:
+    """A write_text that writes the index of the tensors' files, but not the manifest."""
+    return lambda path, text: (
+        replacement(path, text) if path.name == "anchor.json" else REAL_WRITE(path, text)
+    )
 
 
 def die_at_rename(target: str, after: bool) -> Callable[[Any, Any], None]:
@@ -52,11 +65,14 @@ def die_at_rename(target: str, after: bool) -> Callable[[Any, Any], None]:
 
 
 POINTS: dict[str, tuple[Any, str, Any]] = {  # name -> what is replaced by what
-    "before the tensors": (artifact, "save_torch_state_dict", die),
-    "half the tensors": (artifact, "save_torch_state_dict", save_half),
+    "before the tensors": (artifact, "save_file", die),
+    "half a file of tensors": (artifact, "save_file", save_half),
+    "between two files": (artifact, "save_file", save_one),
+    "before the index": (Path, "write_text", die),
+    "half the index": (Path, "write_text", write_half),
     "before the hashes": (artifact, "_sha256", die),
-    "before the manifest": (Path, "write_text", die),
-    "half the manifest": (Path, "write_text", write_half),
+    "before the manifest": (Path, "write_text", at_manifest(die)),
+    "half the manifest": (Path, "write_text", at_manifest(write_half)),
     "before the swap": (artifact, "_swap_in", die),
     "before the old one moves": (os, "rename", die_at_rename(".old", after=False)),
     "after the old one moved": (os, "rename", die_at_rename(".old", after=True)),
@@ -70,6 +86,7 @@ NEVER_REACHED_WITHOUT_OLD = ("before the old one moves", "after the old one move
 def killed_writers(root: Path) -> None:
     """For every point, in a child that dies there: write anchor 1 over anchor 0, and over none."""
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    artifact.MAX_FILE = SMALL
     for i, (owner, name, replacement) in enumerate(POINTS.values()):
         for old in (True, False):
             folder = root / f"{i}-{old}" / "anchor"
@@ -135,11 +152,31 @@ def test_failed_write_keeps_the_old_anchor_and_leaves_nothing(
 
     folder = tmp_path / "anchor"
     write(folder, seed=0)
-    for owner, name in ((artifact, "save_torch_state_dict"), (Path, "write_text")):
+    for owner, name in ((artifact, "save_file"), (Path, "write_text")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full_disk)
             with pytest.raises(OSError, match="No space"):
                 write(folder, seed=1)
+    assert_holds(folder, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["anchor"]
+
+
+def test_files_that_stop_coming_keep_the_old_anchor_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come from other ranks, one after another; here the second does not."""
+    folder, terms = tmp_path / "anchor", make_terms(1)
+    manifest = make_manifest(terms, seed=1)
+    write(folder, seed=0)
+    monkeypatch.setattr(artifact, "MAX_FILE", SMALL)
+
+    def lost_peer() -> Iterator[Any]:
+        yield next(files(terms, manifest))
+        assert len(list(tmp_path.glob(".anchor.tmp-*/*.safetensors"))) == 1, "the first is there"
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        write_anchor(folder, lost_peer(), manifest)
     assert_holds(folder, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["anchor"]
 

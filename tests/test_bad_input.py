@@ -104,16 +104,23 @@ def test_a_finished_run_is_not_taken_for_a_new_one(anchored: Host) -> None:
     assert same(before, weights(anchored.folder / "run"))
 
 
-def test_deepspeed_is_refused_by_name(host: Host) -> None:
-    (host.folder / "ds.json").write_text(
-        json.dumps({"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}})
-    )
-    arguments = host.daa(
-        "run", "auto", daa_anchor_dataset="general", deepspeed=str(host.folder / "ds.json")
-    )
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lamb"}}, "optimizer.type"),
+    ],
+)
+def test_deepspeed_settings_that_would_go_around_the_anchor(
+    host: Host, config: dict[str, Any], words: str
+) -> None:
+    path = host.folder / "ds.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", **config}))
+    arguments = host.daa("run", "auto", daa_anchor_dataset="general", deepspeed=str(path))
     done = host.command(arguments, check=False, FORCE_TORCHRUN="1", NPROC_PER_NODE="1")
     assert done.returncode != 0
-    assert "does not act under DeepSpeed" in done.stderr
+    assert f"{words}" in done.stderr
+    assert "cannot go with finetuning_type=daa" in done.stderr
     assert not (host.folder / "anchor").exists()
 
 

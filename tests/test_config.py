@@ -21,6 +21,7 @@ ALLOWED: dict[str, list[Any]] = {
     "daa_c0": [1e-9, 0.01, 1, 5.0],
     "daa_gga": [True, False],
     "daa_dc": [True, False],
+    "daa_force_resume": [True, False],
     "daa_retention_dataset": ["general", "one,two"],
 }
 FORBIDDEN: dict[str, list[Any]] = {
@@ -34,6 +35,7 @@ FORBIDDEN: dict[str, list[Any]] = {
     "daa_c0": [0, 0.0, -0.01, "0.01", True, False, NAN, INF, -INF, [0.01]],
     "daa_gga": [0, 1, "true", "yes", 0.0, [True]],
     "daa_dc": [0, 1, "false", "", 1.0, [True]],
+    "daa_force_resume": [0, 1, "true", "", 1.0, [True]],
     "daa_retention_dataset": ["", " ", 3, ["general"], True],
 }
 
@@ -82,6 +84,7 @@ def test_defaults_are_the_table_of_the_design() -> None:
         "daa_c0": 0.01,
         "daa_gga": True,
         "daa_dc": True,
+        "daa_force_resume": False,
         "daa_retention_dataset": None,
     }
 
@@ -99,6 +102,7 @@ def test_missing_anchor_says_what_to_write() -> None:
             DaaSettings(**given).resolve()
 
 
+ALL_KEYS = {"daa_force_resume": True}
 BUILD_KEYS = {"daa_anchor_beta": 0.9, "daa_rank": 8}
 ANNEAL_KEYS: dict[str, Any] = {
     "daa_k0": 3.0, "daa_c0": 0.1, "daa_gga": False, "daa_dc": False,
@@ -127,11 +131,14 @@ def test_key_without_effect_in_a_stage_is_refused(stage: str, key: str, value: A
 
 @pytest.mark.parametrize("stage", ["anchor", "anneal", "auto"])
 def test_every_key_that_belongs_to_a_stage_passes_there(stage: str) -> None:
-    keys = {
-        "anchor": BUILD_KEYS,
-        "anneal": ANNEAL_KEYS,
-        "auto": BUILD_KEYS | ANNEAL_KEYS | AUTO_KEYS,
-    }[stage]
+    keys = (
+        ALL_KEYS
+        | {
+            "anchor": BUILD_KEYS,
+            "anneal": ANNEAL_KEYS,
+            "auto": BUILD_KEYS | ANNEAL_KEYS | AUTO_KEYS,
+        }[stage]
+    )
     given = {k: v for k, v in keys.items() if k not in ("daa_gga", "daa_dc")}
     found = DaaSettings(daa_stage=stage, daa_anchor="a", **given).resolve()  # type: ignore
     assert {key: getattr(found, key) for key in given} == given
@@ -168,6 +175,7 @@ def test_refuse_has_no_effect_where_nothing_is_set() -> None:
         ("daa-rank", "daa_rank"),
         ("daa_retention_datset", "daa_retention_dataset"),
         ("daa_aga", "daa_gga"),
+        ("daa_resume", "daa_force_resume"),
     ],
 )
 def test_misspelt_key_gets_the_close_one(typo: str, meant: str) -> None:

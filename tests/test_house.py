@@ -15,26 +15,35 @@ import daa_ext
 PACKAGE = Path(daa_ext.__file__).parent
 # The ladder of daa_ext/__init__.py, lowest floor first. A module imports from lower floors only.
 LADDER: list[set[str]] = [
-    {"schedule", "blend", "correction", "lowrank", "fingerprint"},
-    {"config"},
+    {"schedule", "blend", "correction", "lowrank", "fingerprint", "fragments"},
+    {"parts"},
+    {"config", "ranks"},
     {"manifest"},
     {"artifact"},
-    {"estimator", "anchored"},
-    {"retention", "report"},
+    {"layout", "gathered", "factorize", "retention"},
+    {"zero", "estimator", "resident"},
+    {"anchored", "engine"},
+    {"report"},
+    {"checkpoint", "guard", "ds_config", "passes"},
     {"trainer"},
-    {"anchor_trainer", "anneal_trainer"},
+    {"anchor_trainer", "card_trainer"},
+    {"anneal_trainer"},
     {"stages"},
     {"plugin"},
     {"cli"},
 ]
 OPTIONAL = {"cli"}
-GROUND = sorted(LADDER[0])
+GROUND = sorted(LADDER[0] | LADDER[1])
 # All that maths may import. Whatever reads files, talks to ranks or names a host is not here.
 GROUND_MAY_IMPORT = {"collections.abc", "dataclasses", "hashlib", "math", "torch", "typing"}
 HOSTS = {"llamafactory", "transformers", "accelerate", "deepspeed", "datasets", "peft", "trl"}
 BEHIND_TORCH = re.compile(
     r"\btorch\.(distributed|save|load)\b|\bopen\(|\.(read|write)_(text|bytes)\("
 )
+ZERO_INTERNALS = (
+    "averaged_gradients", "ds_tensor", "ds_shape", "fp32_partitioned_groups_flat",
+    "single_partition_of_fp32_groups", "round_robin_bit16",
+)  # fmt: skip
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 
@@ -82,23 +91,29 @@ def test_imports_go_downwards(module: str) -> None:
 
 def test_the_import_reader_sees_what_is_there() -> None:
     """Without this the test above would pass on a reader that finds nothing."""
-    assert own("anchored") == {"blend", "correction", "lowrank", "schedule"}
+    assert own("anchored") == {"blend", "correction", "layout", "resident", "schedule"}
     assert "anchored" in own("report")
     assert {"stages", "config"} <= own("plugin"), "imports inside functions count"
     text = "def f():\n    import daa_ext.a\n    from b.c import d\nif TYPE_CHECKING:\n    import e"
     assert set(imports(text)) == {"daa_ext.a", "b.c", "b.c.d", "e"}
 
 
+def documented_ladder() -> list[set[str]]:
+    """The floors of the package's docstring: lines of `label  floor  ->  floor  ...`."""
+    lines = (daa_ext.__doc__ or "").partition("(tests/test_house.py):")[2].split("\n")
+    floors = [line.split(maxsplit=1)[1].split("->") for line in lines if line.strip()]
+    return [set(floor.split()) for line in floors for floor in line]
+
+
 def test_the_ladder_is_the_one_that_the_package_documents() -> None:
-    documented = daa_ext.__doc__ or ""
-    for modules in LADDER:
-        for module in modules:
-            assert re.search(rf"\b{module}\b", documented), f"{module} is not in the ladder"
+    assert documented_ladder() == LADDER
 
 
 @pytest.mark.parametrize("module", GROUND)
 def test_ground_floor_is_maths_alone(module: str) -> None:
-    outside = {name for name in imports(source(module)) if not name.startswith("torch.")}
+    outside = {
+        name for name in imports(source(module)) if not name.startswith(("torch.", "daa_ext."))
+    }
     allowed = {name for name in outside if name in GROUND_MAY_IMPORT}
     members = {name for name in outside if name.rpartition(".")[0] in GROUND_MAY_IMPORT}
     assert outside == allowed | members
@@ -111,8 +126,24 @@ def test_only_the_seam_imports_the_host() -> None:
     importers = {module for module in MODULES if "llamafactory" in roots(module)}
     assert importers - {"cli"} <= {"plugin", "stages"}
     assert "stages" in importers
-    below_the_trainers = {module for module in MODULES if floor(module) < floor("trainer")}
-    assert not any(roots(module) & HOSTS for module in below_the_trainers)
+    below_the_hosts_floor = {module for module in MODULES if floor(module) < floor("guard")}
+    assert not any(roots(module) & HOSTS for module in below_the_hosts_floor)
+
+
+def test_only_ranks_talks_to_other_ranks() -> None:
+    importers = {m for m in MODULES if "torch.distributed" in {*imports(source(m))}}
+    namers = {module for module in MODULES if "torch.distributed" in source(module)}
+    assert importers == namers == {"ranks"}
+
+
+@pytest.mark.parametrize("word", ZERO_INTERNALS)
+def test_only_zero_reads_the_insides_of_deepspeed(word: str) -> None:
+    assert {module for module in MODULES if word in source(module)} == {"zero"}
+
+
+def test_deepspeed_is_met_and_not_imported() -> None:
+    """A run without it must not need it."""
+    assert not any("deepspeed" in roots(module) for module in MODULES)
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)

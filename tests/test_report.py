@@ -5,7 +5,10 @@ import json
 import math
 import random
 import warnings
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +20,10 @@ from torch import Tensor
 
 from daa_ext import retention
 from daa_ext.anchored import StepRecord
+from daa_ext.ranks import Ranks
 from daa_ext.report import peak_memory, plot_curves, versions, write_report, write_steps
 from daa_ext.retention import RetentionCard, count_changed, snapshot, untouched_rng
+from daa_ext.trainer import DaaTrainerMixin
 
 # the card
 
@@ -130,37 +135,55 @@ def test_random_generators_are_untouched_by_a_block_that_fails() -> None:
     assert draws() == wanted
 
 
-def model() -> list[tuple[str, torch.nn.Parameter]]:
+def model() -> torch.nn.ParameterDict:
     generator = torch.Generator().manual_seed(0)
     shapes: list[tuple[int, ...]] = [(5, 7), (11,), (), (0, 3)]
     tensors: list[Tensor] = [torch.randn(shape, generator=generator) for shape in shapes]
     tensors[0][0, 0] = 1.0
-    return [(f"p{i}", torch.nn.Parameter(tensor)) for i, tensor in enumerate(tensors)]
+    return torch.nn.ParameterDict({f"p{i}": tensor for i, tensor in enumerate(tensors)})
+
+
+def weights(trained: torch.nn.Module, rank: int = 0, size: int = 1) -> Iterator[Any]:
+    """What one of several ranks looks at."""
+    ranks = Ranks(rank, size, torch.device("cpu"))
+    trainer: Any = SimpleNamespace(model=trained, ranks=ranks)
+    trainer.trainable = partial(DaaTrainerMixin.trainable, trainer)
+    return DaaTrainerMixin.own_weights(trainer)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1 << 22])
-def test_changed_weights_are_counted_exactly(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+def test_changed_weights_are_counted_exactly(
+    size: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over all ranks, each of which counts a part of every parameter."""
     monkeypatch.setattr(retention, "CHUNK", chunk)
-    named = model()
-    before = snapshot(named)
-    assert count_changed(before, named) == {"total": 47, "changed": 0, "changed_in_bf16": 0}
+    trained = model()
+    before = [snapshot(weights(trained, rank, size)) for rank in range(size)]
+
+    def counts() -> dict[str, int]:
+        parts = [count_changed(before[rank], weights(trained, rank, size)) for rank in range(size)]
+        return {key: sum(part[key] for part in parts) for key in parts[0]}
+
+    assert counts() == {"total": 47, "changed": 0, "changed_in_bf16": 0}
     with torch.no_grad():
-        named[0][1][0, 0] += 2.0**-20  # below the resolution of bf16
-        named[0][1][4, 6] *= 2.0
-        named[1][1][10] *= -1.0
-        named[2][1].add_(1.0)
-    assert count_changed(before, named) == {"total": 47, "changed": 4, "changed_in_bf16": 3}
+        trained["p0"][0, 0] += 2.0**-20  # below the resolution of bf16
+        trained["p0"][4, 6] *= 2.0
+        trained["p1"][10] *= -1.0
+        trained["p2"].add_(1.0)
+    assert counts() == {"total": 47, "changed": 4, "changed_in_bf16": 3}
 
 
 def test_snapshot_is_a_copy_of_what_trains() -> None:
-    named = model()
-    named[1][1].requires_grad_(False)
-    before = snapshot(named)
+    trained = model()
+    trained["p1"].requires_grad_(False)
+    before = snapshot(weights(trained))
     assert list(before) == ["p0", "p2", "p3"]
     with torch.no_grad():
-        named[0][1].add_(1.0)
-        named[1][1].add_(1.0)
-    assert count_changed(before, named) == {"total": 36, "changed": 35, "changed_in_bf16": 35}
+        trained["p0"].add_(1.0)
+        trained["p1"].add_(1.0)
+    found = count_changed(before, weights(trained))
+    assert found == {"total": 36, "changed": 35, "changed_in_bf16": 35}
 
 
 # the files

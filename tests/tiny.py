@@ -59,7 +59,7 @@ def poison(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def make_data(folder: Path, poisoned: int = 0) -> Path:
+def make_data(folder: Path, poisoned: int = 0, domain_rows: int = 48) -> Path:
     """Write data sets domain, domain_test, general, general_test (alpaca) and texts (pt)."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
@@ -76,7 +76,7 @@ def make_data(folder: Path, poisoned: int = 0) -> Path:
         return {"instruction": f"Repeat: {text}", "input": "", "output": text}
 
     sets: dict[str, list[dict[str, Any]]] = {
-        "domain": [domain() for _ in range(48)],
+        "domain": [domain() for _ in range(domain_rows)],
         "domain_test": [domain() for _ in range(8)],
         "general": [general() for _ in range(24)],
         "general_test": [general() for _ in range(8)],
