@@ -1,7 +1,12 @@
-"""Steps whose gradient is NaN or infinite: a few are skipped and reported, many end the run."""
+"""What ends a run: a model that DAA cannot train, too many steps without a finite gradient."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -28,4 +33,30 @@ class NonFiniteGuard:
                 f"{self.skipped}), more than the {self.limit} allowed in {self.total_steps}. "
                 "Look for NaN in the base model and for broken samples; lower learning_rate or "
                 "set bf16: true instead of fp16."
+            )
+
+
+def refuse_unserved(model: Any, named: Iterable[tuple[str, Tensor]], kind: DistributedType) -> None:
+    """Raise ValueError for FSDP, a quantized base, or weights in which small steps vanish.
+
+    Args:
+        named: the parameters that train.
+        kind: how accelerate distributes the run.
+    """
+    if kind == DistributedType.FSDP:
+        raise ValueError(
+            "finetuning_type=daa does not serve FSDP: use DDP or DeepSpeed ZeRO "
+            "(deepspeed: deepspeed_configs/ds_z3.json shards the weights as FSDP does)."
+        )
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "finetuning_type=daa trains all weights and cannot train a quantized base. Use the "
+            "unquantized model."
+        )
+    for name, parameter in named:
+        # DeepSpeed keeps fp32 weights of its own where the model computes in bf16 or fp16.
+        if parameter.dtype != torch.float32 and kind != DistributedType.DEEPSPEED:
+            raise ValueError(
+                f"{name} trains in {parameter.dtype}: a step of learning_rate=1e-7 vanishes "
+                "there. DAA needs fp32 weights (bf16: true computes in bf16 and keeps them)."
             )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback
@@ -17,12 +16,12 @@ from daa_ext.checkpoint import read_state, refuse_other_sharding, write_state
 from daa_ext.engine import EngineSteps
 from daa_ext.fingerprint import model_fingerprint, weight_sum
 from daa_ext.fragments import Fragment, Shape
-from daa_ext.guard import NonFiniteGuard
+from daa_ext.guard import NonFiniteGuard, refuse_unserved
 from daa_ext.layout import Replicated
 from daa_ext.passes import DaaRun
 from daa_ext.ranks import Ranks
 from daa_ext.report import peak_memory, versions
-from daa_ext.zero import full_shape, layout_of, numel, own_share
+from daa_ext.zero import full_shape, layout_of, own_share, separate_step_counts
 
 if TYPE_CHECKING:
     from transformers import Trainer as HostTrainer
@@ -43,7 +42,7 @@ class DaaTrainerMixin(HostTrainer):
         self.daa_guard = NonFiniteGuard(0)
         self.resumed: dict[str, Any] = {}  # state of the checkpoint that this run resumes from
         self._grad_norm: float | None = None
-        self._refuse_unserved()
+        refuse_unserved(self.model, self.trainable(), self.accelerator.distributed_type)
         if not self.is_deepspeed_enabled:
             self._host_clip = self.accelerator.clip_grad_norm_
             self.accelerator.clip_grad_norm_ = self._clip_and_remember  # type: ignore[method-assign]
@@ -57,6 +56,8 @@ class DaaTrainerMixin(HostTrainer):
             self.layout = layout_of(self.deepspeed, self.trainable(), *size)
             self._engine_steps = EngineSteps(self.deepspeed, self.layout, self.ranks, self)
             self._engine_steps.install()
+            if self.resumed:
+                separate_step_counts(self.inner_optimizer())
         else:
             self.layout = Replicated(self.trainable())
 
@@ -163,7 +164,7 @@ class DaaTrainerMixin(HostTrainer):
         wall = time.perf_counter() - self.daa_started
         accelerators = self.args.world_size if self.args.device.type != "cpu" else 0
         return {
-            "trainable_params": sum(numel(p) for _, p in self.trainable()),
+            "trainable_params": sum(map(math.prod, self.trainable_shapes().values())),
             "skipped_steps": self.daa_guard.skipped,
             "world_size": self.args.world_size,
             "wall_seconds": wall,
@@ -191,6 +192,12 @@ class DaaTrainerMixin(HostTrainer):
         force = self.daa_run.settings.daa_force_resume
         state = read_state(checkpoint, expected, self.settings_to_resume(), force)
         universal = bool(self._ds_value("checkpoint.load_universal"))
+        if universal and self._sharding()["zero_stage"] == 3 and self.args.weight_decay > 0.0:
+            raise ValueError(
+                f"weight_decay={self.args.weight_decay}: from a universal checkpoint ZeRO-3 gives "
+                "all parameters the decay of the first group. Resume on the same number of ranks, "
+                "with ZeRO 1 or 2, or set weight_decay: 0."
+            )
         refuse_other_sharding(checkpoint, state, self._sharding(), universal)
         return state
 
@@ -210,25 +217,6 @@ class DaaTrainerMixin(HostTrainer):
         norm = self._host_clip(parameters, self.clip_threshold(max_norm), norm_type=norm_type)
         self._grad_norm = float(norm)
         return norm
-
-    def _refuse_unserved(self) -> None:
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError(
-                "finetuning_type=daa does not serve FSDP: use DDP or DeepSpeed ZeRO "
-                "(deepspeed: deepspeed_configs/ds_z3.json shards the weights as FSDP does)."
-            )
-        if getattr(self.model, "is_quantized", False):
-            raise ValueError(
-                "finetuning_type=daa trains all weights and cannot train a quantized base "
-                f"({self.daa_run.base_model}). Use the unquantized model."
-            )
-        for name, parameter in self.trainable():
-            # DeepSpeed keeps fp32 weights of its own where the model computes in bf16 or fp16.
-            if parameter.dtype != torch.float32 and not self.is_deepspeed_enabled:
-                raise ValueError(
-                    f"{name} trains in {parameter.dtype}: a step of learning_rate=1e-7 vanishes "
-                    "there. DAA needs fp32 weights (bf16: true computes in bf16 and keeps them)."
-                )
 
 
 class _StageEvents(TrainerCallback):

@@ -13,13 +13,13 @@ runtime/fp16/{fused,unfused}_optimizer.py, runtime/engine.py. What is relied on:
     clipping                   g / (max(1, (norm + 1e-6) / clip) * loss scale), just before the
                                inner step
 
-That the fragments are the right ones is checked in every run: they must tile the model
-(`Layout.check`), and their norm must be the engine's (`check_norm`).
+Every run checks them: fragments must tile the model (`Layout.check`) and have the engine's norm
+(`check_norm`).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from math import isclose, prod
+from math import isclose
 from typing import Any
 
 from torch import Tensor
@@ -172,8 +172,13 @@ def layout_of(
     """The layout of a DeepSpeed engine whose configuration `ds_config.refuse` has let pass.
 
     Raises:
-        ValueError: an optimizer wrapper that this version does not know.
+        ValueError: expert groups, or an optimizer wrapper that this version does not know.
     """
+    if getattr(engine, "has_moe_layers", False):
+        raise ValueError(
+            "The model has DeepSpeed MoE layers: their experts shard in another way, which DAA "
+            "does not serve. Use a model without them."
+        )
     names = {id(parameter): name for name, parameter in named}
     wrapper = engine.optimizer
     kind = type(wrapper).__name__
@@ -192,6 +197,17 @@ def layout_of(
         )
     layout.check({name: full_shape(parameter) for name, parameter in named}, world_size)
     return layout
+
+
+def separate_step_counts(optimizer: Optimizer) -> None:
+    """Give every tensor that `optimizer` steps a step count of its own.
+
+    Loading a universal checkpoint, ZeRO-3 of deepspeed 0.19.8 hands one and the same count to all
+    sub-groups, which then count each other's steps.
+    """
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
 
 
 def is_offloaded(engine: Any) -> bool:
@@ -224,11 +240,6 @@ def check_norm(engine: Any, norm: float) -> None:
 def full_shape(parameter: Tensor) -> Shape:
     """The shape of a parameter, also where ZeRO-3 has taken it apart."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def numel(parameter: Tensor) -> int:
-    """Elements of a parameter, also where ZeRO-3 has taken it apart."""
-    return prod(full_shape(parameter))
 
 
 def own_share(

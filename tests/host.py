@@ -134,8 +134,8 @@ def same(a: Weights, b: Weights) -> bool:
 
 def distance(found: Weights, expected: Weights, start: Weights) -> float:
     """||w - w_ref|| / ||w_ref - w_0||: the error of an update relative to its length."""
-    error = sum(_squared(found[name], expected[name]) for name in expected)
-    update = sum(_squared(expected[name], start[name]) for name in expected)
+    error = sum(_squared(found[name], expected[name]) for name in start)
+    update = sum(_squared(expected[name], start[name]) for name in start)
     return (error / update) ** 0.5
 
 

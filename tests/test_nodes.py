@@ -5,6 +5,7 @@ find each other here do it as on two machines. Where namespaces are not permitte
 tests skip.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -107,10 +108,15 @@ def finish(host: Host, processes: dict[str, "subprocess.Popen[str]"]) -> dict[st
 
 
 def kill_all(process: "subprocess.Popen[str]") -> None:
+    """SIGKILL to a launcher and all below it (ranks have sessions of their own)."""
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
+        top = psutil.Process(process.pid)
+        family = [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
         return
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
 
 
 def words(host: Host, *logs: str) -> str:

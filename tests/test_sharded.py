@@ -22,7 +22,7 @@ FAST = (
     "z2-offload-x4-clipped", "z2-offload-robin-x1-clipped", "z3-offload-x4-clipped",
 )  # fmt: skip
 SAVING: Config = {"save_strategy": "steps", "save_steps": 1}
-STAGES = {"z1": zero(1), "z2": zero(2, round_robin_gradients=True), "z3": zero(3)}
+STAGES = {"z0": zero(0), "z1": zero(1), "z2": zero(2, round_robin_gradients=True), "z3": zero(3)}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,7 @@ def two(host: Host) -> Jobs:
     jobs.add("bf16-z2", zero(2), bf16=True, use_cpu=True)
     jobs.add("bf16-z3", zero(3), bf16=True, use_cpu=True)
     jobs.add("bf16-z0", zero(0), bf16=True, use_cpu=True)
+    jobs.add("bf16-z1", zero(1), bf16=True, use_cpu=True)
     jobs.add("adam-of-the-file", adamw(zero(2)))
     return jobs.run(DAA_TEST_BUCKET_BYTES="20000")
 
@@ -161,7 +162,7 @@ def test_stage_auto_under_zero_3(two: Jobs, host: Host) -> None:
     assert card["sets"]["general"]["loss"]["base"] > 0
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_steps_fp32_weights(two: Jobs, references: dict[str, Path], stage: int) -> None:
     """bf16 computes the gradient, so the run is near the fp32 one, not equal to it."""
     content = report(two.out(f"bf16-z{stage}"))
