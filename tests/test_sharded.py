@@ -8,6 +8,7 @@ relative errors of 1e-7 per step; Adam divides by sqrt(v) + eps, and eps = 1e-5 
 making whole steps of rounding noise where a gradient is (nearly) zero.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ FAST = (
     "z2-robin-x4-clipped", "z1-robin-x1-clipped", "z3-x1-clipped", "z3-x4-unclipped",
     "z2-offload-x4-clipped", "z2-offload-robin-x1-clipped", "z3-offload-x4-clipped",
 )  # fmt: skip
+SHIPPED = sorted((Path(__file__).parents[1] / "deepspeed_configs").glob("*.json"))
 SAVING: Config = {"save_strategy": "steps", "save_steps": 1}
 STAGES = {"z0": zero(0), "z1": zero(1), "z2": zero(2, round_robin_gradients=True), "z3": zero(3)}
 
@@ -78,6 +80,8 @@ def two(host: Host) -> Jobs:
     jobs.add("bf16-z0", zero(0), bf16=True, use_cpu=True)
     jobs.add("bf16-z1", zero(1), bf16=True, use_cpu=True)
     jobs.add("adam-of-the-file", adamw(zero(2)))
+    for path in SHIPPED:
+        jobs.add(path.stem, json.loads(path.read_text()), max_grad_norm=0.3)
     return jobs.run(DAA_TEST_BUCKET_BYTES="20000")
 
 
@@ -173,6 +177,11 @@ def test_bf16_steps_fp32_weights(two: Jobs, references: dict[str, Path], stage: 
 
 def test_an_optimizer_of_the_deepspeed_file(two: Jobs, host: Host) -> None:
     assert error(host, two.out("adam-of-the-file"), alone(host, "one-adam")) < BOUND
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_deepspeed_files(two: Jobs, references: dict[str, Path], path: Path) -> None:
+    assert error(two.host, two.out(path.stem), references["clipped"]) < BOUND
 
 
 # bad input
