@@ -24,7 +24,8 @@ setup(
         "torchaudio>=2.6,<2.12",
         "llamafactory>=0.9.5,<0.9.6",
         "transformers>=5.0,<=5.6.0",
-        "deepspeed>=0.16,<0.20",
+        # 0.18 and older lose gradients where ZeRO-2 offloads and accumulates, with any method.
+        "deepspeed>=0.19,<0.20",
         "datasets",
         "pyyaml",
         "wrapt>=1.16,<3",

@@ -103,7 +103,7 @@ class AnchorTrainerMixin(DaaTrainerMixin):
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the anchor; a checkpoint's folder gets the optimizer's state alone, no weights."""
+        """Write the anchor; what the host saves of a model at a checkpoint is left out."""
         if _internal_call:
             Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
             return

@@ -57,9 +57,9 @@ class AnnealTrainerMixin(CardTrainerMixin):
     def _read_and_verify(self) -> Manifest:
         artifact.check_writable(Path(self.args.output_dir), "output_dir")
         manifest = artifact.read_manifest(self.folder)
-        artifact.verify_files(
-            self.folder, manifest, self.args.local_process_index, self._ranks_of_node()
-        )
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        part = self.args.local_process_index % ranks_here
+        artifact.verify_files(self.folder, manifest, part, ranks_here)
         return manifest
 
     def resume(self, checkpoint: str) -> None:
@@ -211,6 +211,3 @@ class AnnealTrainerMixin(CardTrainerMixin):
         """Where the inner optimizer's gradients lie."""
         offloaded = self.is_deepspeed_enabled and is_offloaded(self.deepspeed)
         return torch.device("cpu") if offloaded else self.args.device
-
-    def _ranks_of_node(self) -> int:
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

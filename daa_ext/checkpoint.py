@@ -35,8 +35,8 @@ def read_state(
     """
     path = Path(checkpoint) / CHECKPOINT_STATE
     try:
-        state = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        state = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"resume_from_checkpoint={checkpoint}: {CHECKPOINT_STATE} is missing or damaged "
             f"({error}): not a whole checkpoint of a DAA run. Resume from another checkpoint, or "

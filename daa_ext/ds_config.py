@@ -27,6 +27,10 @@ def _is_set(value: Any, config: Config) -> bool:
     return value not in (None, False, {}, "auto")
 
 
+def _is_there(value: Any, config: Config) -> bool:
+    return value not in (None, False)  # {} switches it on, too
+
+
 def _is_nvme(value: Any, config: Config) -> bool:
     return value == "nvme"
 
@@ -35,17 +39,21 @@ def _is_many(value: Any, config: Config) -> bool:
     return isinstance(value, int) and value > 1
 
 
+FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
+
+
 def _is_bf16_optimizer(value: Any, config: Config) -> bool:
     """DeepSpeed then runs its BF16_Optimizer, which keeps gradients in a third way."""
     offload = _get(config, "zero_optimization.offload_optimizer.device") not in (None, "none")
     stage = _get(config, "zero_optimization.stage")
-    return value == "fp32" and stage == 1 and not offload and _is_on(config, "bf16")
+    is_bf16 = _is_on(config, "bf16") or _is_on(config, "bfloat16")
+    return value in FP32_NAMES and stage == 1 and not offload and is_bf16
 
 
 def _is_other_adam(value: Any, config: Config) -> bool:
-    if value is None or value == "AdamW":
+    if value is None or str(value).lower() == "adamw":
         return False
-    return value != "Adam" or _get(config, "optimizer.params.adam_w_mode") is False
+    return str(value).lower() != "adam" or not _get(config, "optimizer.params.adam_w_mode", True)
 
 
 REFUSALS = (
@@ -75,7 +83,7 @@ REFUSALS = (
         _is_other_adam,
         "eq. 9 needs AdamW: use AdamW, or remove the optimizer block and set optim: adamw_torch",
     ),
-    Refusal("zero_optimization.zenflow", _is_set, "ZenFlow steps weights on its own: remove it"),
+    Refusal("zero_optimization.zenflow", _is_there, "ZenFlow steps weights on its own: remove it"),
     Refusal(
         "zero_optimization.offload_optimizer.super_offload",
         _is_set,
@@ -178,11 +186,11 @@ def _read(deepspeed: str | Config) -> Config:
         raise ValueError(f"deepspeed={deepspeed}: cannot be read as JSON ({error}).") from error
 
 
-def _get(config: Config, key: str) -> Any:
+def _get(config: Config, key: str, default: Any = None) -> Any:
     value: Any = config
     for name in key.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
-    return value
+    return default if value is None else value
 
 
 def _is_on(config: Config, name: str) -> bool:

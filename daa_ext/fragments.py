@@ -96,6 +96,7 @@ def gaps(shapes: dict[str, Shape], held: Iterable[Fragment]) -> list[str]:
         reached = 0
         for fragment in sorted((f for f in parts[name] if f.numel), key=lambda f: f.start):
             if fragment.start != reached:
+                reached = -1  # a gap, or elements held twice
                 break
             reached += fragment.numel
         if reached != prod(shape) or any(f.shape != shape for f in parts[name]):

@@ -73,7 +73,7 @@ class Ranks:
     def refuse_differences(self, settings: Mapping[str, Any], mend: str) -> None:
         """Raise ValueError on every rank unless all of them bring the same `settings`."""
         everyones = self.gather(dict(settings))
-        for key in everyones[0]:
+        for key in dict.fromkeys(key for settings in everyones for key in settings):
             values = [other.get(key) for other in everyones]
             odd = next((rank for rank, value in enumerate(values) if value != values[0]), None)
             if odd is not None:

@@ -166,7 +166,7 @@ class DaaTrainerMixin(HostTrainer):
         return {
             "trainable_params": sum(map(math.prod, self.trainable_shapes().values())),
             "skipped_steps": self.daa_guard.skipped,
-            "world_size": self.args.world_size,
+            **self._sharding(),
             "wall_seconds": wall,
             "gpu_hours": wall / 3600 * accelerators,
             "peak_memory_bytes_per_rank": self.ranks.gather(peak_memory()),

@@ -148,6 +148,7 @@ CLUSTER = {"FORCE_TORCHRUN": "1", "NNODES": "2", "NPROC_PER_NODE": "1",
 # one node
 
 
+@pytest.mark.distributed
 def test_deepspeed_launcher_on_one_node(host: Host, reference: Path) -> None:
     path = write_yaml(host, sharded(host, "ds-one", 2, zero(2)), "ds-one")
     command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--no_local_rank"]
@@ -158,6 +159,7 @@ def test_deepspeed_launcher_on_one_node(host: Host, reference: Path) -> None:
     assert error(host, host.folder / "ds-one", reference) < BOUND
 
 
+@pytest.mark.distributed
 def test_llamafactory_cli_on_one_node(host: Host, reference: Path) -> None:
     arguments = sharded(host, "cli-one", 2, zero(3))
     host.command(arguments, FORCE_TORCHRUN="1", NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
@@ -175,6 +177,7 @@ def test_llamafactory_cli_on_two_nodes(host: Host, nodes: list[str], reference: 
     assert error(host, host.folder / "cli-two", reference) < BOUND
 
 
+@pytest.mark.distributed
 def test_torchrun_on_two_nodes(host: Host, nodes: list[str], reference: Path) -> None:
     path = write_yaml(host, sharded(host, "torchrun-two", 2, zero(3)), "torchrun-two")
     commands = [
@@ -188,6 +191,7 @@ def test_torchrun_on_two_nodes(host: Host, nodes: list[str], reference: Path) ->
     assert error(host, host.folder / "torchrun-two", reference) < BOUND
 
 
+@pytest.mark.distributed
 def test_deepspeed_launcher_on_two_nodes(host: Host, nodes: list[str], reference: Path) -> None:
     path = write_yaml(host, sharded(host, "ds-two", 2, zero(2)), "ds-two")
     hostfile = host.folder / "hostfile"
@@ -205,6 +209,7 @@ def test_deepspeed_launcher_on_two_nodes(host: Host, nodes: list[str], reference
     assert error(host, host.folder / "ds-two", reference) < BOUND
 
 
+@pytest.mark.distributed
 def test_nodes_with_other_settings_are_refused(host: Host, nodes: list[str]) -> None:
     paths = [
         write_yaml(host, sharded(host, "differ", 2, zero(2), daa_k0=k0), f"differ-{k0:g}")
@@ -284,6 +289,7 @@ def test_killed_rank_ends_the_run_and_a_resume_gives_the_same_weights(host: Host
     assert_resumes(host, "killed", "undisturbed")
 
 
+@pytest.mark.distributed
 def test_killed_node_ends_the_other(host: Host, nodes: list[str]) -> None:
     path = write_yaml(host, long_run(host, "killed-node"), "killed-node")
     started = on_both(host, nodes, [[str(CLI), "train", path]] * 2, **CLUSTER)
