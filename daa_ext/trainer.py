@@ -166,7 +166,8 @@ class DaaTrainerMixin(HostTrainer):
         return {
             "trainable_params": sum(map(math.prod, self.trainable_shapes().values())),
             "skipped_steps": self.daa_guard.skipped,
-            **self._sharding(),
+            "world_size": self.ranks.size,
+            "zero_stage": self._sharding()["zero_stage"],
             "wall_seconds": wall,
             "gpu_hours": wall / 3600 * accelerators,
             "peak_memory_bytes_per_rank": self.ranks.gather(peak_memory()),
