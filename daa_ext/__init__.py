@@ -22,7 +22,7 @@ fine-tunes all parameters on domain data alone, that anchor in every gradient:
 Imports go one way, each floor only to floors below it (tests/test_house.py):
 
     maths   schedule  blend  correction  lowrank  fingerprint  fragments  ->  parts
-    files   config  ranks  ->  manifest  ->  artifact
+    files   config  ranks  mends  ->  manifest  ->  artifact
     shares  layout  gathered  factorize  retention  ->  zero  estimator  resident
     steps   anchored  engine  ->  report  ->  checkpoint  guard  ds_config  passes
     runs    trainer  ->  anchor_trainer  card_trainer  ->  anneal_trainer

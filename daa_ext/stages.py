@@ -58,10 +58,16 @@ class Workflow:
         training = ds_config.for_stage(arguments["training_args"], mixin.daa_stage)
         arguments = {**arguments, "training_args": training}
         daa_class = type(f"Daa{self.trainer_name}", (mixin, self.trainer), {})
-        factory = functools.partial(daa_class, daa_run=_describe(arguments))
+        built: list[DaaTrainerMixin] = []
+
+        def factory(*positional: Any, **named: Any) -> Any:
+            built.append(daa_class(*positional, daa_run=_describe(arguments), **named))
+            return built[-1]
+
         with _replaced(self.module, self.trainer_name, factory):
             self.function(**arguments)
-        gc.collect()  # model and engine hold each other; the next stage needs their memory
+        built.pop().release()
+        gc.collect()  # model and trainer hold each other; the next stage needs their memory
 
 
 def install(stage: str) -> None:

@@ -18,10 +18,11 @@ from daa_ext.fingerprint import model_fingerprint, weight_sum
 from daa_ext.fragments import Fragment, Shape
 from daa_ext.guard import NonFiniteGuard, refuse_unserved
 from daa_ext.layout import Replicated
+from daa_ext.mends import forget_modules, separate_step_counts
 from daa_ext.passes import DaaRun
 from daa_ext.ranks import Ranks
 from daa_ext.report import peak_memory, versions
-from daa_ext.zero import full_shape, layout_of, own_share, separate_step_counts
+from daa_ext.zero import full_shape, layout_of, own_share
 
 if TYPE_CHECKING:
     from transformers import Trainer as HostTrainer
@@ -65,6 +66,12 @@ class DaaTrainerMixin(HostTrainer):
         """The last step has been taken; the model is what will be saved."""
         if self.is_deepspeed_enabled:
             self._engine_steps.uninstall()
+
+    def release(self) -> None:
+        """The run is over: let go of what would keep the engine and its memory alive."""
+        if self.is_deepspeed_enabled:
+            self.accelerator.free_memory()  # destroys the engine: its hooks hold the model
+            forget_modules()
 
     def resume(self, checkpoint: str) -> None:
         """The run continues from this checkpoint, which the host has not loaded yet."""

@@ -1,6 +1,6 @@
 """What DeepSpeed's optimizers do with parameters and gradients. The only reader of its internals.
 
-Read at deepspeed 0.19.8: runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py,
+Read at deepspeed 0.19.8: runtime/zero/{stage_1_and_2,stage3,parameter_offload}.py,
 runtime/fp16/{fused,unfused}_optimizer.py, runtime/engine.py. What is relied on:
 
     engine.optimizer           the wrapper (or, ZeRO-0 in fp32, the optimizer itself)
@@ -197,17 +197,6 @@ def layout_of(
         )
     layout.check({name: full_shape(parameter) for name, parameter in named}, world_size)
     return layout
-
-
-def separate_step_counts(optimizer: Optimizer) -> None:
-    """Give every tensor that `optimizer` steps a step count of its own.
-
-    Loading a universal checkpoint, ZeRO-3 of deepspeed 0.19.8 hands one and the same count to all
-    sub-groups, which then count each other's steps.
-    """
-    for state in optimizer.state.values():
-        if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].clone()
 
 
 def is_offloaded(engine: Any) -> bool:

@@ -17,7 +17,7 @@ PACKAGE = Path(daa_ext.__file__).parent
 LADDER: list[set[str]] = [
     {"schedule", "blend", "correction", "lowrank", "fingerprint", "fragments"},
     {"parts"},
-    {"config", "ranks"},
+    {"config", "ranks", "mends"},
     {"manifest"},
     {"artifact"},
     {"layout", "gathered", "factorize", "retention"},
