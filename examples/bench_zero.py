@@ -24,6 +24,16 @@ from typing import Any
 
 OUT = Path("saves/bench")
 WARM_UP = 2  # steps that are not counted: the first ones allocate
+COLUMNS = (
+    "",
+    "plain step, s",
+    "DAA / plain, median (range)",
+    "in a DAA step, ms",
+    "of a plain step",
+    "anchor per rank, MiB",
+    "buffer, MiB",
+    "Vt received per step, MiB",
+)
 WORDS = ("market", "river", "model", "teacher", "engine", "garden", "winter", "signal", "bridge")
 
 
@@ -216,10 +226,7 @@ def main() -> None:
         f"{options.model}, {options.ranks} ranks, batch {options.batch} x {options.length} tokens, "
         f"{'bf16' if options.bf16 else 'fp32'}, daa_rank {options.rank}, {options.pairs} pairs\n"
     )
-    print(
-        "| | plain step, s | DAA / plain, median (range) | in a DAA step, ms | of a plain step | anchor "
-        "per rank, MiB | buffer, MiB | Vt received per step, MiB |\n|---|---|---|---|---|---|---|---|"
-    )
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for stage in options.stages:
         print(run_stage(options, stage), flush=True)
 

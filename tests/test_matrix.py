@@ -41,6 +41,22 @@ def test_law_4(runs: Jobs, references: dict[str, Path], name: str) -> None:
     assert content["anchored_params"] == content["trainable_params"]
 
 
+def test_anchor_of_four_ranks_is_read_by_one_process_and_by_other_stages(
+    host: Host, references: dict[str, Path]
+) -> None:
+    """Written under ZeRO-3 on 4 ranks; the other way round is every other test of this file."""
+    folder = str(host.folder / "four")
+    four = Jobs(host, 4)
+    four.add("four-anchor", zero(3), daa_stage="anchor", daa_anchor=folder, daa_rank=8,
+             per_device_train_batch_size=2)  # fmt: skip
+    four.run().out("four-anchor")
+    one = alone(host, "one-of-four", daa_anchor=folder, max_grad_norm=0.3)
+    assert error(host, one, references["clipped"]) < 1e-3
+    two = Jobs(host, 2)
+    two.add("two-of-four", zero(2), daa_anchor=folder, max_grad_norm=0.3)
+    assert error(host, two.run().out("two-of-four"), one) < BOUND
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_law_8(tmp_path: Path, count: int) -> None:
     host = tiny_host(tmp_path, num_hidden_layers=DEEP)

@@ -74,6 +74,8 @@ def two(host: Host) -> Jobs:
     jobs.add("auto-z3", zero(3), daa_stage="auto", daa_anchor=str(host.folder / "auto-z3-a"),
              daa_anchor_dataset="general", daa_rank=8,
              daa_retention_dataset="general_test")  # fmt: skip
+    for stage in ("z1", "z2", "z3"):
+        jobs.add(f"{stage}-decay", STAGES[stage], weight_decay=0.3)
     jobs.add("scattered", zero(2, reduce_scatter=False))
     jobs.add("bf16-z2", zero(2), bf16=True, use_cpu=True)
     jobs.add("bf16-z3", zero(3), bf16=True, use_cpu=True)
@@ -154,6 +156,14 @@ def test_law_8_the_ranks_share_the_anchor(two: Jobs, name: str) -> None:
     held, whole = content["anchor_bytes_per_rank"], content["anchor_bytes_total"]
     assert 0.95 * whole < sum(held) <= 1.05 * whole
     assert max(held) < 0.6 * whole
+
+
+@pytest.mark.parametrize("stage", ["z1", "z2", "z3"])
+def test_law_4_two_groups_with_decay_in_one(two: Jobs, host: Host, stage: str) -> None:
+    """The host decays matrices and not vectors: two groups, two inner steps, one s_t."""
+    one = alone(host, f"one-decay-{stage}", weight_decay=0.3)
+    assert error(host, two.out(f"{stage}-decay"), one) < BOUND
+    assert error(host, two.out("scattered"), one) > 10 * BOUND, "decay has an effect"
 
 
 def test_stage_auto_under_zero_3(two: Jobs, host: Host) -> None:
