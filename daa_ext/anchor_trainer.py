@@ -15,7 +15,7 @@ from daa_ext.artifact import check_writable, is_anchor, write_anchor
 from daa_ext.estimator import Estimates, MomentEstimator
 from daa_ext.factorize import Entries, factorize, files
 from daa_ext.layout import squared_norm
-from daa_ext.manifest import Manifest
+from daa_ext.manifest import Manifest, anchor_bytes
 from daa_ext.report import versions, write_report
 from daa_ext.trainer import DaaTrainerMixin
 
@@ -56,7 +56,7 @@ class AnchorTrainerMixin(DaaTrainerMixin):
             raise ValueError(
                 f"daa_anchor={self.folder} is a folder with other files: name another."
             )
-        if self._writes():
+        if self.is_world_process_zero():
             check_writable(self.folder, "daa_anchor")
             check_writable(Path(self.args.output_dir), "output_dir")
 
@@ -108,17 +108,17 @@ class AnchorTrainerMixin(DaaTrainerMixin):
             Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
             return
         seconds = {"estimate": time.perf_counter() - self.estimating_since}
-        manifest, anchor_bytes = self._write(seconds, self._total_seen())
+        manifest = self._write(seconds, self._total_seen())
         report = self.common_report()
-        if self._writes():
-            self._report(manifest, anchor_bytes, report)
+        if self.is_world_process_zero():
+            self._report(manifest, report)
         self.ranks.barrier()
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """The weights are the base model's, before and after: a checkpoint holds none."""
 
-    def _write(self, seconds: dict[str, float], seen: Mapping[str, int]) -> tuple[Manifest, int]:
-        """Factorize, write; the manifest and the bytes of the factors. Collective."""
+    def _write(self, seconds: dict[str, float], seen: Mapping[str, int]) -> Manifest:
+        """Factorize and write the anchor; its manifest. Collective."""
         started = time.perf_counter()
         settings = self.daa_run.settings
         estimates = Estimates(self._estimator(), self.layout.buffers())
@@ -128,13 +128,12 @@ class AnchorTrainerMixin(DaaTrainerMixin):
         seconds["factorize"] = time.perf_counter() - started
         manifest = self._manifest(entries, estimates.steps, seconds, seen)
         written = files(terms, manifest, self.ranks)
-        if self._writes():
+        if self.is_world_process_zero():
             write_anchor(self.folder, written, manifest)
         else:
             for _ in written:
                 pass  # its tensors went to rank 0
-        own_bytes = sum(term.nbytes for term in terms.values())
-        return manifest, sum(self.ranks.gather(own_bytes))
+        return manifest
 
     def _manifest(
         self, entries: Entries, steps: int, seconds: dict[str, float], seen: Mapping[str, int]
@@ -151,7 +150,9 @@ class AnchorTrainerMixin(DaaTrainerMixin):
             base_fingerprint=self.base_fingerprint,
             datasets=self.daa_run.datasets,
             # Read once, where it will be written.
-            data_fingerprint=data_fingerprint(self.train_dataset) if self._writes() else "",
+            data_fingerprint=data_fingerprint(self.train_dataset)
+            if self.is_world_process_zero()
+            else "",
             template=self.daa_run.template,
             cutoff_len=self.daa_run.cutoff_len,
             host_stage=self.daa_run.host_stage,
@@ -168,7 +169,7 @@ class AnchorTrainerMixin(DaaTrainerMixin):
             tensors=entries,
         )
 
-    def _report(self, manifest: Manifest, anchor_bytes: int, common: dict[str, Any]) -> None:
+    def _report(self, manifest: Manifest, common: dict[str, Any]) -> None:
         write_report(
             Path(self.args.output_dir),
             {
@@ -181,7 +182,7 @@ class AnchorTrainerMixin(DaaTrainerMixin):
                 "correction_mean": None,
                 "domain_only": None,
                 "anchored_params": common["trainable_params"],
-                "anchor_bytes_total": anchor_bytes,
+                "anchor_bytes_total": anchor_bytes(manifest),
                 "anchor_bytes_per_rank": [],  # none is resident once it is written
                 "anchor_norm": manifest.norm,
                 "samples": manifest.samples,
@@ -192,11 +193,8 @@ class AnchorTrainerMixin(DaaTrainerMixin):
         )
         logger.warning(
             f"Anchor written to {self.folder}: {manifest.steps} steps, {manifest.samples} "
-            f"samples, norm {manifest.norm:.4g}, {anchor_bytes / 2**20:.1f} MiB."
+            f"samples, norm {manifest.norm:.4g}, {anchor_bytes(manifest) / 2**20:.1f} MiB."
         )
-
-    def _writes(self) -> bool:
-        return self.is_world_process_zero()
 
     def _estimator(self) -> MomentEstimator:
         estimator = self.inner_optimizer()

@@ -186,12 +186,10 @@ class AnchorReader:
         Raises:
             ValueError: the files have no such tensor, although the manifest promises it.
         """
-        if tensor not in self._files:
-            raise ValueError(f"daa_anchor={self.folder}: no tensor {tensor}. {REBUILD}")
-        stored = self._files[tensor].get_slice(tensor)
+        stored = self._file_of(tensor).get_slice(tensor)
         shape = tuple(stored.get_shape())
         if not shape:
-            return self._files[tensor].get_tensor(tensor).reshape(-1)[start : start + numel]
+            return self.whole(tensor).reshape(-1)[start : start + numel]
         piece = Fragment(tensor, shape, start, numel)
         if piece.numel == 0:
             return torch.empty(0)
@@ -200,9 +198,7 @@ class AnchorReader:
 
     def whole(self, tensor: str) -> Tensor:
         """A stored tensor, fp32, CPU."""
-        if tensor not in self._files:
-            raise ValueError(f"daa_anchor={self.folder}: no tensor {tensor}. {REBUILD}")
-        return self._files[tensor].get_tensor(tensor)
+        return self._file_of(tensor).get_tensor(tensor)
 
     def is_factorized(self, name: str) -> bool:
         return self.manifest.tensors[name]["kind"] == "factors"
@@ -212,6 +208,11 @@ class AnchorReader:
         if self.is_factorized(name):
             return LowRank(*(self.whole(f"{name}.{part}") for part in ("U", "S", "Vt")))
         return Dense(self.whole(name))
+
+    def _file_of(self, tensor: str) -> Any:
+        if tensor not in self._files:
+            raise ValueError(f"daa_anchor={self.folder}: no tensor {tensor}. {REBUILD}")
+        return self._files[tensor]
 
     def _opened(self, name: str) -> Any:
         try:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from daa_ext.fragments import Fragment, Shape, gaps, whole
-
-CHUNK_ELEMENTS = 1 << 24  # bound on fp32 copies of a gradient of another type, 64 MiB
+from daa_ext.parts import CHUNK_ELEMENTS
 
 
 @dataclass
@@ -47,9 +46,6 @@ class Layout(ABC):
     @abstractmethod
     def raw(self) -> Iterator[tuple[Fragment, Tensor]]:
         """(fragment, its flat gradient); what the batch did not reach may be left out."""
-
-    def shapes(self) -> dict[str, Shape]:
-        return {fragment.name: fragment.shape for fragment in self.fragments_of(0)}
 
     def loss_scale(self) -> float:
         """What `raw` is multiplied by at this moment."""

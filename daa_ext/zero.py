@@ -32,107 +32,103 @@ from daa_ext.layout import Buffer, Layout, Replicated
 Names = Mapping[int, str]  # id(parameter) -> name
 
 
-class PartitionedGroups(Layout):
-    """ZeRO-1 and 2 (DeepSpeedZeroOptimizer), with or without CPU offload and round robin."""
+class Partitioned(Layout):
+    """A ZeRO optimizer that steps one flat fp32 partition per group (1, 2) or sub-group (3).
+
+    Subclasses say which fragments lie in a partition (`_group`), and, where the optimizer is not
+    offloaded, which gradients (`_averaged`).
+    """
 
     sharded = True
 
-    def __init__(self, zero: Any, names: Names, rank: int) -> None:
+    def __init__(self, zero: Any, partitions: Sequence[Tensor], rank: int) -> None:
         self._zero = zero
-        self._rank = rank
-        self._groups: list[list[tuple[str, Shape]]] = []
-        self._offsets: list[list[int]] = []
-        for index, parameters in enumerate(zero.round_robin_bit16_groups):
-            self._groups.append([(names[id(p)], tuple(p.shape)) for p in parameters])
-            lengths = [p.numel() for p in parameters]
-            plain = [0, *accumulate(lengths)][:-1]
-            # Since 0.19 parameters can be padded to an alignment of their own.
-            self._offsets.append(
-                list(zero.round_robin_bit16_offsets[index])
-                if hasattr(zero, "round_robin_bit16_offsets")
-                else plain
-            )
+        self._buffers = [Buffer(flat, self._group(i, rank)) for i, flat in enumerate(partitions)]
 
     def buffers(self) -> list[Buffer]:
-        return [
-            Buffer(partition, self._group(index, self._rank))
-            for index, partition in enumerate(self._zero.single_partition_of_fp32_groups)
-        ]
+        return self._buffers
 
     def fragments_of(self, rank: int) -> list[Fragment]:
-        return [f for index in range(len(self._groups)) for f in self._group(index, rank)]
-
-    def shapes(self) -> dict[str, Shape]:
-        return {name: shape for group in self._groups for name, shape in group}
+        return [f for index in range(len(self._buffers)) for f in self._group(index, rank)]
 
     def raw(self) -> Iterator[tuple[Fragment, Tensor]]:
-        for index, buffer in enumerate(self.buffers()):
-            if self._zero.cpu_offload:
+        for index, buffer in enumerate(self._buffers):
+            if _offloads(self._zero):
                 yield from _from_flat(buffer)
-                continue
-            at = {fragment.offset: fragment for fragment in buffer.fragments}
-            offset = 0
-            for gradient in self._zero.averaged_gradients[index]:
-                if offset in at:  # else padding
-                    assert gradient.numel() == at[offset].numel
-                    yield at[offset], gradient.reshape(-1)
-                offset += gradient.numel()
+            else:
+                gradients = self._zero.averaged_gradients[index]
+                yield from self._averaged(buffer.fragments, gradients)
 
     def loss_scale(self) -> float:
         return float(self._zero.loss_scale)
 
     def _group(self, index: int, rank: int) -> list[Fragment]:
-        length = int(self._zero.partition_size[index])
-        begin = rank * length
-        return cut(self._groups[index], self._offsets[index], begin, begin + length)
+        raise NotImplementedError
+
+    def _averaged(
+        self, fragments: list[Fragment], gradients: Sequence[Tensor]
+    ) -> Iterator[tuple[Fragment, Tensor]]:
+        raise NotImplementedError
 
 
-class PartitionedParameters(Layout):
+class PartitionedGroups(Partitioned):
+    """ZeRO-1 and 2 (DeepSpeedZeroOptimizer), with or without CPU offload and round robin."""
+
+    def __init__(self, zero: Any, names: Names, rank: int) -> None:
+        self._groups = [
+            [(names[id(p)], tuple(p.shape)) for p in parameters]
+            for parameters in zero.round_robin_bit16_groups
+        ]
+        # Newer 0.19 can pad parameters to an alignment of their own.
+        self._offsets = getattr(zero, "round_robin_bit16_offsets", None) or [
+            [0, *accumulate(p.numel() for p in parameters)][:-1]
+            for parameters in zero.round_robin_bit16_groups
+        ]
+        self._lengths = [int(length) for length in zero.partition_size]
+        super().__init__(zero, zero.single_partition_of_fp32_groups, rank)
+
+    def _group(self, index: int, rank: int) -> list[Fragment]:
+        begin = rank * self._lengths[index]
+        end = begin + self._lengths[index]
+        return cut(self._groups[index], self._offsets[index], begin, end)
+
+    def _averaged(
+        self, fragments: list[Fragment], gradients: Sequence[Tensor]
+    ) -> Iterator[tuple[Fragment, Tensor]]:
+        at = {fragment.offset: fragment for fragment in fragments}
+        offset = 0
+        for gradient in gradients:
+            if offset in at:  # else padding
+                assert gradient.numel() == at[offset].numel
+                yield at[offset], gradient.reshape(-1)
+            offset += gradient.numel()
+
+
+class PartitionedParameters(Partitioned):
     """ZeRO-3 (DeepSpeedZeroOptimizer_Stage3), with or without CPU offload."""
 
-    sharded = True
     cuts_every_parameter = True
 
     def __init__(self, zero: Any, names: Names, rank: int, world_size: int) -> None:
-        self._zero = zero
-        self._rank = rank
         self._world_size = world_size
         self._groups: list[list[tuple[str, Shape, int]]] = []
         for parameters in zero.fp16_groups:
             offsets = [0, *accumulate(p.partition_numel() for p in parameters)]
-            self._groups.append(
-                [
-                    (names[id(p)], full_shape(p), offset)
-                    for p, offset in zip(parameters, offsets, strict=False)
-                ]
-            )
-
-    def buffers(self) -> list[Buffer]:
-        return [
-            Buffer(partition, self._group(index, self._rank))
-            for index, partition in enumerate(self._zero.fp32_partitioned_groups_flat)
-        ]
-
-    def fragments_of(self, rank: int) -> list[Fragment]:
-        return [f for index in range(len(self._groups)) for f in self._group(index, rank)]
-
-    def raw(self) -> Iterator[tuple[Fragment, Tensor]]:
-        for index, buffer in enumerate(self.buffers()):
-            if self._zero.offload_optimizer:
-                yield from _from_flat(buffer)
-            else:
-                gradients = self._zero.averaged_gradients[index]
-                for fragment, gradient in zip(buffer.fragments, gradients, strict=True):
-                    yield fragment, gradient.reshape(-1)[: fragment.numel]
-
-    def loss_scale(self) -> float:
-        return float(self._zero.loss_scale)
+            pairs = zip(parameters, offsets, strict=False)  # the last offset is the end
+            self._groups.append([(names[id(p)], full_shape(p), offset) for p, offset in pairs])
+        super().__init__(zero, zero.fp32_partitioned_groups_flat, rank)
 
     def _group(self, index: int, rank: int) -> list[Fragment]:
         return [
             share(name, shape, rank, self._world_size, offset)
             for name, shape, offset in self._groups[index]
         ]
+
+    def _averaged(
+        self, fragments: list[Fragment], gradients: Sequence[Tensor]
+    ) -> Iterator[tuple[Fragment, Tensor]]:
+        for fragment, gradient in zip(fragments, gradients, strict=True):
+            yield fragment, gradient.reshape(-1)[: fragment.numel]
 
 
 class Mirrored(Replicated):
@@ -201,7 +197,10 @@ def layout_of(
 
 def is_offloaded(engine: Any) -> bool:
     """Whether the inner optimizer and its fp32 partition live in host memory."""
-    wrapper = engine.optimizer
+    return _offloads(engine.optimizer)
+
+
+def _offloads(wrapper: Any) -> bool:
     return bool(getattr(wrapper, "cpu_offload", getattr(wrapper, "offload_optimizer", False)))
 
 
