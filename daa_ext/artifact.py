@@ -186,10 +186,11 @@ class AnchorReader:
         Raises:
             ValueError: the files have no such tensor, although the manifest promises it.
         """
-        stored = self._file_of(tensor).get_slice(tensor)
+        file = self._file_of(tensor)
+        stored = file.get_slice(tensor)
         shape = tuple(stored.get_shape())
         if not shape:
-            return self.whole(tensor).reshape(-1)[start : start + numel]
+            return file.get_tensor(tensor).reshape(-1)[start : start + numel]
         piece = Fragment(tensor, shape, start, numel)
         if piece.numel == 0:
             return torch.empty(0)
