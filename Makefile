@@ -7,7 +7,7 @@ MODEL := models/SmolLM2-135M-Instruct
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-distributed bench quality install clean
+.PHONY: demo test test-distributed test-compare bench quality install clean
 demo: $(MODEL)/config.json
 	time llamafactory-cli train examples/yaml/daa_finance.yaml \
 	  use_cpu=$$($(BIN)/python -c "import torch; print(not torch.cuda.is_available())")
@@ -18,6 +18,9 @@ test: $(VENV)/.installed
 
 test-distributed: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed
+
+test-compare: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m compare
 
 bench: $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python examples/bench_zero.py

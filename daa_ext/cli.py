@@ -1,4 +1,4 @@
-"""The `daa` command: what is wrong with this installation, what is in that anchor."""
+"""The `daa` command: the installation, anchors, comparisons, and what they are made with."""
 
 import importlib
 import os
@@ -14,8 +14,11 @@ from rich.table import Table
 
 from daa_ext import plugin
 from daa_ext.artifact import read_manifest, verify_files
+from daa_ext.compare.command import compare
 from daa_ext.manifest import Manifest
+from daa_ext.newsqa.command import newsqa_app
 from daa_ext.report import versions
+from daa_ext.wise import wise
 
 app = typer.Typer(
     help="Dynamic Anchor Annealing for LLaMA-Factory. Training itself needs no command of ours: "
@@ -25,6 +28,9 @@ app = typer.Typer(
 )
 anchor_app = typer.Typer(help="Look into an anchor folder.", no_args_is_help=True)
 app.add_typer(anchor_app, name="anchor")
+app.add_typer(newsqa_app, name="newsqa")
+app.command()(compare)
+app.command()(wise)
 console = Console()
 
 

@@ -1,0 +1,1 @@
+"""Task files for lm-evaluation-harness; docs/scoring.md has their sources and columns."""
