@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from daa_ext.estimator import Estimates, MomentEstimator
 from daa_ext.factorize import Entries, factorize, files
 from daa_ext.layout import squared_norm
 from daa_ext.manifest import Manifest, anchor_bytes
+from daa_ext.noise import gradient_noise
 from daa_ext.report import versions, write_report
 from daa_ext.trainer import DaaTrainerMixin
 
@@ -33,6 +34,7 @@ class AnchorTrainerMixin(DaaTrainerMixin):
         self.folder = Path(settings.daa_anchor)
         self.seen = {"samples": 0, "tokens": 0}  # by this rank, since the run or its resume began
         self.seen_before = dict(self.seen)  # by all ranks, until the checkpoint
+        self.norms: list[float] = []  # of each step's gradient
         if self.args.load_best_model_at_end or self.args.push_to_hub:
             raise ValueError(
                 "daa_stage=anchor writes no model: load_best_model_at_end and push_to_hub have "
@@ -72,6 +74,7 @@ class AnchorTrainerMixin(DaaTrainerMixin):
     def resume(self, checkpoint: str) -> None:
         super().resume(checkpoint)
         self.seen_before = self.resumed["seen"]
+        self.norms = self.resumed["norms"]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self.seen["samples"] += len(inputs["labels"])
@@ -93,7 +96,13 @@ class AnchorTrainerMixin(DaaTrainerMixin):
             )
 
     def checkpoint_state(self) -> dict[str, Any]:
-        return {"seen": self._total_seen()}
+        return {"seen": self._total_seen(), "norms": self.norms}
+
+    def before_step(self, norm: float) -> None:
+        self.norms.append(norm)
+
+    def before_engine_step(self, norm: float, inner: float, factor: Callable[[], float]) -> None:
+        self.norms.append(norm)
 
     def fixed_to_resume(self) -> dict[str, Any]:
         return {
@@ -108,8 +117,10 @@ class AnchorTrainerMixin(DaaTrainerMixin):
             Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
             return
         seconds = {"estimate": time.perf_counter() - self.estimating_since}
-        manifest = self._write(seconds, self._total_seen())
-        report = self.common_report()
+        seen = self._total_seen()
+        estimates = Estimates(self._estimator(), self.layout.buffers())
+        manifest = self._write(estimates, seconds, seen)
+        report = {**self.common_report(), "gradient": self._gradient(estimates, seen["samples"])}
         if self.is_world_process_zero():
             self._report(manifest, report)
         self.ranks.barrier()
@@ -117,11 +128,27 @@ class AnchorTrainerMixin(DaaTrainerMixin):
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """The weights are the base model's, before and after: a checkpoint holds none."""
 
-    def _write(self, seconds: dict[str, float], seen: Mapping[str, int]) -> Manifest:
+    def _gradient(self, estimates: Estimates, samples: int) -> dict[str, float | None]:
+        """Norms and noise of the gradient, before compression. Collective."""
+        own = (estimates(fragment) for fragment in self.layout.fragments_of(self.ranks.rank))
+        squared = squared_norm(own, self.ranks.device)
+        total = self.ranks.add_up(squared) if self.layout.sharded else squared
+        mean_norm = float(total) ** 0.5
+        beta = self.daa_run.settings.daa_anchor_beta
+        noise = gradient_noise(self.norms, mean_norm, beta, samples / max(1, len(self.norms)))
+        return {
+            "batch_norm": noise.batch_norm if noise else None,
+            "mean_norm": mean_norm,
+            "noise_trace": noise.trace if noise else None,
+            "noise_scale": noise.scale if noise else None,
+        }
+
+    def _write(
+        self, estimates: Estimates, seconds: dict[str, float], seen: Mapping[str, int]
+    ) -> Manifest:
         """Factorize and write the anchor; its manifest. Collective."""
         started = time.perf_counter()
         settings = self.daa_run.settings
-        estimates = Estimates(self._estimator(), self.layout.buffers())
         everyone = range(self.ranks.size if self.layout.sharded else 1)
         held = [self.layout.fragments_of(rank) for rank in everyone]
         terms, entries = factorize(held, estimates, self.ranks, settings.daa_rank, self.args.seed)

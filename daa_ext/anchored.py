@@ -1,9 +1,8 @@
 """Stage 2: the anchor in every step of the optimizer that the user chose (paper, sec. 3.2 to 3.4).
 
-`AnchoredOptimizer` is no optimizer of its own. It hangs on an existing Adam by the two hooks
-that torch offers (`register_step_pre_hook`, `register_step_post_hook`), which survive every
-wrapper of the hosts: before the step it blends the gradients and scales lr, eps and weight
-decay; after the step it puts these settings back.
+`AnchoredOptimizer` is no optimizer of its own. It hangs on an existing Adam (`steered`): before
+the step it blends the gradients and scales lr, eps and weight decay; after the step it puts
+these settings back.
 
     law                                                       proved in
     daa_k0 = 0 and daa_dc = false: bitwise the plain step     tests/test_laws.py (law 1)
@@ -13,17 +12,20 @@ decay; after the step it puts these settings back.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from daa_ext.blend import Blend, clipped_blend
+from daa_ext.blend import clipped_blend
 from daa_ext.correction import StepScale, correction, similarity, step_scale
+from daa_ext.fragments import Fragment
 from daa_ext.layout import Layout, squared_norm
 from daa_ext.resident import ResidentAnchor
 from daa_ext.schedule import gamma
+from daa_ext.steered import Change, SteeredOptimizer
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class AnnealRule:
     gga: bool
     dc: bool
     max_norm: float  # the host's clipping threshold, <= 0: none
+    boost_max: float = inf  # a step is at most this many times the scheduler's
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,11 @@ class Measured:
     inner: float
 
 
-class AnchoredOptimizer:
+class AnchoredOptimizer(SteeredOptimizer):
     """Brings the anchor to `optimizer`.
 
     Per step: `sums` measures, the caller says which step it is and what was found (`arm`), then
-    the host calls `optimizer.step()`, once or once per buffer. A step that was not armed is an
-    error, so a host that changes its order of calls cannot turn the method off unseen; so is a
-    buffer that is stepped twice, or not at all (`finish`).
+    the host steps.
 
     Args:
         optimizer: any Adam with `lr`, `eps`, `weight_decay` in its parameter groups and
@@ -80,19 +81,15 @@ class AnchoredOptimizer:
         ValueError: the anchor is zero, or `optimizer` has no eps to correct.
     """
 
+    method = "DAA"
+
     def __init__(
         self, optimizer: Optimizer, layout: Layout, anchor: ResidentAnchor, rule: AnnealRule
     ) -> None:
         self.rule = rule
-        self.layout = layout
         self.anchor = anchor
-        self.anchored_elements = 0  # on this rank, at the first step
         self.last: StepRecord | None = None
-        self._first_step: int | None = None
-        self._optimizer = optimizer
-        self._buffers = {id(buffer.parameter): buffer for buffer in layout.buffers()}
         self._armed: tuple[Measured, float, Callable[[], float]] | None = None
-        self._waiting: set[int] = set()  # buffers that this step has yet to reach
         self._saved: list[dict[str, float]] = []
         if anchor.norm == 0.0:
             raise ValueError("The anchor is zero: it has nothing to hold on to. Build it anew.")
@@ -101,8 +98,7 @@ class AnchoredOptimizer:
                 f"daa_dc=true needs an Adam, and {type(optimizer).__name__} has no eps to scale. "
                 "Set optim: adamw_torch (or _fused, adamw_8bit) or daa_dc: false."
             )
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        super().__init__(optimizer, layout)
 
     @torch.no_grad()
     def sums(self, device: torch.device) -> Tensor:
@@ -125,70 +121,37 @@ class AnchoredOptimizer:
             host_factor: tells, when the inner step begins, what the host has multiplied g_D by
                 (clipping; what it did to the loss scale).
         """
-        assert not self._waiting, "the last step did not reach every buffer"
+        self._expect_step(step)
         s = similarity(measured.inner, measured.domain_norm, self.anchor.norm)
-        c = correction(s, self.rule.c0) if self.rule.dc else 1.0
+        c = correction(s, self.rule.c0, self.rule.boost_max) if self.rule.dc else 1.0
         share = gamma(step, self.rule.total_steps, self.rule.k0) if self.rule.gga else 0.0
         rate = float(self._optimizer.param_groups[0]["lr"]) * step_scale(c).lr
         self.last = StepRecord(step, s, c, share, measured.domain_norm, rate)
-        self._first_step = step if self._first_step is None else self._first_step
         self._armed = (measured, share, host_factor)
-        self._waiting = set(self._buffers)
 
-    def skip(self) -> None:
-        """Announce that the host throws this step's gradients away."""
-        if self.anchored_elements == 0:
-            self._first_step = None
-        self._armed = None
-        self._waiting = set()
-
-    def finish(self) -> None:
-        """The host says that the step is done: every buffer must have been reached."""
-        assert not self._waiting, "the host stepped only a part of the parameters"
-        self._armed = None
-
-    @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        stepped = [p for group in optimizer.param_groups for p in group["params"]]
-        reached = [p for p in stepped if p.grad is not None]
-        if not reached and self._armed is None:
-            return
-        assert self._armed is not None, "optimizer.step() without arm(): DAA would not run"
-        assert self.last is not None
+    def _change(self) -> Change | None:
+        assert self._armed is not None
         measured, share, host_factor = self._armed
-        if not reached:
-            raise ValueError(
-                f"Step {self.last.step}: no anchored parameter has a gradient, so DAA would not "
-                "act. Do not hand the gradients to another optimizer."
-            )
-        keys = {id(parameter) for parameter in stepped}
-        assert keys <= self._waiting, "a buffer is stepped twice, or is not anchored"
-        self._waiting -= keys
-        if share > 0.0:
-            blend = self._blend(measured, share, host_factor())
-            for parameter in stepped:
-                if parameter.grad is None:  # the batch did not reach it: g_D is 0 there
-                    parameter.grad = torch.zeros_like(parameter)
-                flat = parameter.grad.view(-1)
-                for piece in self._buffers[id(parameter)].fragments:
-                    part = flat[piece.offset : piece.offset + piece.numel]
-                    self.anchor.parts[piece.name].blend_(part, blend.domain, blend.anchor)
-        if self.rule.dc:
-            self._scale(optimizer, step_scale(self.last.correction))
-        if self.last.step == self._first_step:  # law 6
-            touched = stepped if share > 0.0 else reached
-            pieces = (piece for p in touched for piece in self._buffers[id(p)].fragments)
-            self.anchored_elements += sum(piece.numel for piece in pieces)
-
-    def _blend(self, measured: Measured, share: float, factor: float) -> Blend:
-        return clipped_blend(
+        if share == 0.0:
+            return None
+        blend = clipped_blend(
             share,
             domain_norm=measured.domain_norm,
             anchor_norm=self.anchor.norm,
             inner=measured.inner,
-            host_clip=factor,
+            host_clip=host_factor(),
             max_norm=self.rule.max_norm,
         )
+
+        def change(piece: Fragment, gradient: Tensor) -> None:
+            self.anchor.parts[piece.name].blend_(gradient, blend.domain, blend.anchor)
+
+        return change
+
+    def _prepare(self, optimizer: Optimizer) -> None:
+        assert self.last is not None
+        if self.rule.dc:
+            self._scale(optimizer, step_scale(self.last.correction))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group, saved in zip(optimizer.param_groups, self._saved, strict=False):

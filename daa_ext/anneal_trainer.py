@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from daa_ext.manifest import Manifest, anchor_bytes, verify_model
 from daa_ext.report import plot_curves, write_report, write_steps
 from daa_ext.resident import load
 from daa_ext.schedule import is_capped, total_pull
+from daa_ext.steered_trainer import SteeredTrainerMixin
 from daa_ext.zero import is_offloaded
 
 logger = logging.get_logger(__name__)
@@ -33,7 +35,7 @@ SERVED_OPTIMIZERS = (
 )
 
 
-class AnnealTrainerMixin(CardTrainerMixin):
+class AnnealTrainerMixin(CardTrainerMixin, SteeredTrainerMixin):
     """Fine-tunes all weights on the domain with the anchor in every gradient."""
 
     daa_stage = "anneal"
@@ -82,31 +84,24 @@ class AnnealTrainerMixin(CardTrainerMixin):
             c0=settings.daa_c0,
             gga=settings.daa_gga,
             dc=settings.daa_dc,
-            max_norm=self._max_norm(),
+            max_norm=self.max_norm(),
+            boost_max=inf if settings.daa_boost_max is None else settings.daa_boost_max,
         )
         reader = artifact.AnchorReader(self.folder, self.manifest)
         anchor = load(reader, self.layout, self.ranks, self._gradient_device())
         self.anchored = AnchoredOptimizer(self.inner_optimizer(), self.layout, anchor, rule)
+        self.steered = self.anchored
         self._warn_of_schedule(total)
         self.begin_card()
 
     def sums(self, device: torch.device) -> Tensor:
         return self.anchored.sums(device)
 
-    def before_step(self, norm: float) -> None:
-        squared, inner = self.sums(self.args.device).tolist()
-        factor = squared**0.5 / norm if norm > 0.0 and squared > 0.0 else 1.0
-        self.before_engine_step(norm, inner / factor, lambda: factor)
-
     def before_engine_step(self, norm: float, inner: float, factor: Callable[[], float]) -> None:
         self.anchored.arm(self.state.global_step, Measured(norm, inner), factor)
 
-    def step_skipped(self, expected: bool) -> None:
-        self.anchored.skip()
-        super().step_skipped(expected)
-
     def after_step(self) -> None:
-        self.anchored.finish()
+        super().after_step()
         last = self.anchored.last
         if last is not None and last.step == self.state.global_step:
             self.records.append(last)
@@ -117,7 +112,9 @@ class AnnealTrainerMixin(CardTrainerMixin):
 
     def settings_to_resume(self) -> dict[str, Any]:
         settings = self.daa_run.settings
-        names = ("daa_k0", "daa_c0", "daa_gga", "daa_dc", "daa_retention_dataset")
+        names = (
+            "daa_k0", "daa_c0", "daa_boost_max", "daa_gga", "daa_dc", "daa_retention_dataset",
+        )  # fmt: skip
         return {
             "anchor": self.manifest.digest,
             **{name: getattr(settings, name) for name in names},
@@ -138,8 +135,7 @@ class AnnealTrainerMixin(CardTrainerMixin):
     def end(self) -> None:
         """The card's last row, the files, the table on the terminal."""
         super().end()
-        touched = sum(self.ranks.gather(self.anchored.anchored_elements))
-        self.anchored_params = touched if self.layout.sharded else touched // self.ranks.size
+        self.anchored_params = self.touched_params()
         if self.anchored_params == 0:
             raise ValueError(
                 "DAA did not act: no optimizer step was taken. Check the data and max_steps, and, "
@@ -167,6 +163,7 @@ class AnnealTrainerMixin(CardTrainerMixin):
             "total_steps": rule.total_steps,
             "k0": rule.k0 / rule.total_steps,
             "c0": rule.c0,
+            "boost_max": settings.daa_boost_max,
             "gga": rule.gga,
             "dc": rule.dc,
             "total_pull": total_pull(rule.total_steps, rule.k0) if rule.gga else 0.0,
@@ -200,12 +197,6 @@ class AnnealTrainerMixin(CardTrainerMixin):
                 f"so gamma is held at 1 (no domain gradient at all) at the start. For the paper's "
                 f"share over {total} steps set daa_k0 below {total}."
             )
-
-    def _max_norm(self) -> float:
-        """The host's clipping threshold; DeepSpeed has one of its own (0: it does not clip)."""
-        if not self.is_deepspeed_enabled:
-            return self.args.max_grad_norm or 0.0
-        return float(self.deepspeed.gradient_clipping())
 
     def _gradient_device(self) -> torch.device:
         """Where the inner optimizer's gradients lie."""

@@ -101,6 +101,13 @@ RULES = {
         lambda v: _is_number(v) and v > 0.0,
         ANNEALS,
     ),
+    "daa_boost_max": Rule(
+        None,
+        "Cap on what the correction multiplies a step by: c_t is not below 1 / daa_boost_max^2.",
+        "a number >= 1 (1: no step is longer than the scheduler's)",
+        lambda v: _is_number(v) and v >= 1.0,
+        ANNEALS,
+    ),
     "daa_gga": Rule(
         True,
         "Anchor every gradient (general-gradient anchoring); false for the ablation.",
@@ -149,6 +156,7 @@ class DaaSettings:
     daa_rank: int = _unset("daa_rank")
     daa_k0: float = _unset("daa_k0")
     daa_c0: float = _unset("daa_c0")
+    daa_boost_max: float = _unset("daa_boost_max")
     daa_gga: bool = _unset("daa_gga")
     daa_dc: bool = _unset("daa_dc")
     daa_force_resume: bool = _unset("daa_force_resume")
@@ -193,7 +201,8 @@ class DaaSettings:
                     f"belongs to daa_stage {' or '.join(RULES[name].stages)}. Remove the key or "
                     "change daa_stage."
                 )
-        for name, switch in (("daa_k0", "daa_gga"), ("daa_c0", "daa_dc")):
+        needs = (("daa_k0", "daa_gga"), ("daa_c0", "daa_dc"), ("daa_boost_max", "daa_dc"))
+        for name, switch in needs:
             if name in given and getattr(self, switch) is False:
                 raise ValueError(
                     f"{name}={getattr(self, name)} has no effect with {switch}=false: "

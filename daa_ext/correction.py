@@ -10,7 +10,7 @@ decay shrinks by learning rate * decay; it must not feel c, so decay is multipli
 """
 
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 
 
 def similarity(inner: float, domain_norm: float, anchor_norm: float) -> float:
@@ -22,9 +22,16 @@ def similarity(inner: float, domain_norm: float, anchor_norm: float) -> float:
     return min(1.0, abs(inner) / product) if product > 0.0 else 0.0
 
 
-def correction(similarity: float, c0: float) -> float:
-    """c_t = s_t + c0 (eq. 8), > 0 because c0 is."""
-    return similarity + c0
+def correction(similarity: float, c0: float, boost_max: float = inf) -> float:
+    """c_t = s_t + c0 (eq. 8), > 0 because c0 is; not below 1 / boost_max^2.
+
+    The step is 1/sqrt(c_t) times as long, so the floor is a cap on that factor: it is
+    min(1/sqrt(s_t + c0), boost_max). The cap is not the paper's (docs/decisions/0018).
+
+    Args:
+        boost_max: >= 1; infinite for the paper's equation.
+    """
+    return max(similarity + c0, boost_max**-2)
 
 
 @dataclass(frozen=True)

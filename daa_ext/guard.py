@@ -36,21 +36,24 @@ class NonFiniteGuard:
             )
 
 
-def refuse_unserved(model: Any, named: Iterable[tuple[str, Tensor]], kind: DistributedType) -> None:
+def refuse_unserved(
+    asked: str, model: Any, named: Iterable[tuple[str, Tensor]], kind: DistributedType
+) -> None:
     """Raise ValueError for FSDP, a quantized base, or weights in which small steps vanish.
 
     Args:
+        asked: the key and value that the message begins with.
         named: the parameters that train.
         kind: how accelerate distributes the run.
     """
     if kind == DistributedType.FSDP:
         raise ValueError(
-            "finetuning_type=daa does not serve FSDP: use DDP or DeepSpeed ZeRO "
+            f"{asked} does not serve FSDP: use DDP or DeepSpeed ZeRO "
             "(deepspeed: deepspeed_configs/ds_z3.json shards the weights as FSDP does)."
         )
     if getattr(model, "is_quantized", False):
         raise ValueError(
-            "finetuning_type=daa trains all weights and cannot train a quantized base. Use the "
+            f"{asked} trains all weights and cannot train a quantized base. Use the "
             "unquantized model."
         )
     for name, parameter in named:
@@ -58,5 +61,5 @@ def refuse_unserved(model: Any, named: Iterable[tuple[str, Tensor]], kind: Distr
         if parameter.dtype != torch.float32 and kind != DistributedType.DEEPSPEED:
             raise ValueError(
                 f"{name} trains in {parameter.dtype}: a step of learning_rate=1e-7 vanishes "
-                "there. DAA needs fp32 weights (bf16: true computes in bf16 and keeps them)."
+                f"there. {asked} needs fp32 weights (bf16: true computes in bf16 and keeps them)."
             )

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from daa_ext.config import RULES, DaaSettings
 from daa_ext.manifest import Manifest
+from daa_ext.method_config import METHOD_RULES, METHODS
 
 logger = logging.get_logger(__name__)
 
@@ -21,7 +22,7 @@ Arguments = dict[str, Any]  # of a workflow: model_args, data_args, training_arg
 class DaaRun:
     """What the YAML says beyond the arguments that the host hands to its trainers."""
 
-    settings: DaaSettings
+    settings: Any  # DaaSettings, MethodSettings and the host's, in one object
     base_model: str
     datasets: list[str]
     template: str | None
@@ -38,13 +39,25 @@ def settings_of_all_ranks(arguments: Arguments) -> dict[str, Any]:
         "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "seed", "bf16", "fp16",
         "per_device_train_batch_size", "gradient_accumulation_steps",
     )  # fmt: skip
+    ours = {*RULES, *METHOD_RULES} - {"daa_anchor", "flow_cache"}
     return {
-        **{name: getattr(settings, name) for name in RULES if name != "daa_anchor"},
+        **{name: getattr(settings, name) for name in sorted(ours)},
         **{name: str(getattr(training, name)) for name in names},
         "dataset": arguments["data_args"].dataset,
         "template": arguments["data_args"].template,
         "cutoff_len": arguments["data_args"].cutoff_len,
     }
+
+
+def refuse_data(settings: Any, data: Any) -> None:
+    """Raise ValueError for data in which FLOW cannot find its samples again."""
+    for key in ("packing", "streaming"):
+        if settings.use_flow_loss and getattr(data, key):
+            raise ValueError(
+                f"use_flow_loss=true cannot go with {key}=true: every sample has a weight of its "
+                f"own, known before training. Set {key}: false"
+                f"{' and neat_packing: false' if key == 'packing' else ''}."
+            )
 
 
 def refuse_missing(folder: Path, found: list[bool]) -> None:
@@ -132,7 +145,12 @@ def anchor_pass(arguments: Arguments, callbacks: list[Any]) -> Arguments:
             resume_from_checkpoint=None if training.overwrite_output_dir else last,
         ),
         "finetuning_args": changed(
-            settings, plot_loss=False, use_dft_loss=False, use_asft_loss=False, use_eaft_loss=False
+            settings,
+            plot_loss=False,
+            use_dft_loss=False,
+            use_asft_loss=False,
+            use_eaft_loss=False,
+            **dict.fromkeys(METHODS, False),
         ),
         "callbacks": callbacks,
     }

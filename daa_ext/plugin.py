@@ -1,12 +1,12 @@
 """Where LLaMA-Factory learns of DAA: two names, patched when their modules are imported.
 
-    llamafactory.hparams.finetuning_args.FinetuningArguments   learns `daa` and the daa_* keys
-    llamafactory.hparams.parser.read_args                      misspelt daa_* keys get a mend
+    llamafactory.hparams.finetuning_args.FinetuningArguments   learns `daa` and our keys
+    llamafactory.hparams.parser.read_args                      misspelt keys of ours get a mend
 
-Everything else waits until a YAML says finetuning_type: daa (stages.install). A run with another
-finetuning_type meets the host's own functions and trainer classes. `autoload` is called at the
-end of every `import torch` (entry point group torch.backends), so it imports nothing but wrapt
-and never raises.
+Everything else waits until a YAML says finetuning_type: daa or switches one of our methods on
+(stages.install). Any other run meets the host's own functions and trainer classes. `autoload` is
+called at the end of every `import torch` (entry point group torch.backends), so it imports
+nothing but wrapt and never raises.
 """
 
 import functools
@@ -59,13 +59,12 @@ def check_seams() -> None:
     found = version("llamafactory")
     if not SpecifierSet(LLAMAFACTORY).contains(found, prereleases=True):
         raise ValueError(
-            f"finetuning_type=daa: llamafactory {found} is installed, this daa_ext is tested with "
-            f"{LLAMAFACTORY}. pip install 'llamafactory{LLAMAFACTORY}', or update daa_ext."
+            f"llamafactory {found} is installed, this daa_ext is tested with {LLAMAFACTORY}. pip "
+            f"install 'llamafactory{LLAMAFACTORY}', or update daa_ext."
         )
     if broken:
         raise ValueError(
-            f"finetuning_type=daa: LLaMA-Factory has moved what the plugin needs: {broken}. "
-            "Run `daa doctor`."
+            f"LLaMA-Factory has moved what the plugin needs: {broken}. Run `daa doctor`."
         )
 
 
@@ -84,29 +83,38 @@ def _patch_arguments(module: Any) -> None:
 
 
 def finetuning_arguments(host: Any) -> Any:
-    """The host's FinetuningArguments with `daa` among the choices and the daa_* fields."""
+    """The host's FinetuningArguments with `daa` among the choices and the fields of our keys."""
     from daa_ext.config import DaaSettings
+    from daa_ext.method_config import MethodSettings
 
     types = Literal[(*get_args(get_type_hints(host)["finetuning_type"]), "daa")]  # type: ignore
     inherited = host.__dataclass_fields__["finetuning_type"]
 
     @dataclass
-    class FinetuningArguments(DaaSettings, host):  # type: ignore[misc]
+    class FinetuningArguments(DaaSettings, MethodSettings, host):  # type: ignore[misc]
         finetuning_type: types = field(  # type: ignore[valid-type]
             default=inherited.default, metadata=dict(inherited.metadata)
         )
 
         def __post_init__(self) -> None:
             self.use_daa = self.finetuning_type == "daa"
-            if self.use_daa:
+            if self.needs_daa_ext():
                 check_seams()
+            if self.use_daa:
                 self.resolve()
                 self._check_host_options()
-                _install(self.stage)
-                self.finetuning_type = "full"
             else:
                 self.refuse(self.finetuning_type)
+            self.resolve_methods(vars(self))
+            if self.needs_daa_ext():
+                _install(self.stage)
+            if self.use_daa:
+                self.finetuning_type = "full"
             super().__post_init__()
+
+        def needs_daa_ext(self) -> bool:
+            """Whether the run's trainer is not the host's own."""
+            return self.use_daa or bool(self.methods())
 
         def _check_host_options(self) -> None:
             for key, mend in NEVER_WITH_DAA.items():
@@ -124,14 +132,19 @@ def finetuning_arguments(host: Any) -> Any:
 
 def _patch_parser(module: Any) -> None:
     from daa_ext.config import refuse_unknown
+    from daa_ext.method_config import refuse_unknown_methods
 
     host = module.read_args
 
     @functools.wraps(host)
     def read_args(args: Any = None) -> Any:
         read = host(args)
-        words = read if isinstance(read, dict) else [word.split("=")[0] for word in read]
-        refuse_unknown(word.removeprefix("--") for word in words if isinstance(word, str))
+        if isinstance(read, dict):
+            keys = [key for key in read if isinstance(key, str)]
+        else:  # the words of a command line; those without dashes are values
+            keys = [word.split("=")[0].removeprefix("--") for word in read if word[:2] == "--"]
+        refuse_unknown(keys)
+        refuse_unknown_methods(keys)
         return read
 
     module.read_args = read_args

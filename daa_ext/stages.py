@@ -1,10 +1,11 @@
 """The stages of a DAA run, each one run of LLaMA-Factory's own workflow (run_sft or run_pt).
 
     llamafactory.train.{sft,pt}.workflow.run_{sft,pt}            runs the stages of a DAA run
-    llamafactory.train.{sft,pt}.workflow.Custom...Trainer        gets our mixin for one stage
+    llamafactory.train.{sft,pt}.workflow.Custom...Trainer        gets our mixins for one stage
 
-Both are patched when a YAML first says finetuning_type: daa, and hand every other run of the
-process to the host unchanged. Only this module and plugin.py import the host.
+A run that switches one of our other methods on has one stage. Both names are patched when a YAML
+first asks for us, and hand every other run of the process to the host unchanged. Only this module
+and plugin.py import the host.
 """
 
 import contextlib
@@ -27,12 +28,14 @@ from daa_ext import ds_config
 from daa_ext.anchor_trainer import AnchorTrainerMixin
 from daa_ext.anneal_trainer import AnnealTrainerMixin
 from daa_ext.artifact import is_anchor, read_manifest
+from daa_ext.methods import mixins
 from daa_ext.passes import (
     Arguments,
     DaaRun,
     anchor_pass,
     changed,
     check_reuse,
+    refuse_data,
     refuse_missing,
     settings_of_all_ranks,
     split,
@@ -53,25 +56,28 @@ class Workflow:
     trainer_name: str
     trainer: type
 
-    def run(self, mixin: type[DaaTrainerMixin], arguments: Arguments) -> None:
-        """Run the workflow with `mixin` in front of its trainer."""
-        training = ds_config.for_stage(arguments["training_args"], mixin.daa_stage)
-        arguments = {**arguments, "training_args": training}
-        daa_class = type(f"Daa{self.trainer_name}", (mixin, self.trainer), {})
-        built: list[DaaTrainerMixin] = []
+    def run(self, mixins: tuple[type, ...], arguments: Arguments) -> None:
+        """Run the workflow with `mixins` in front of its trainer, as its attribute `daa_run` the
+        description of the run."""
+        described = {"daa_run": _describe(arguments)}
+        trainer_class = type(f"Daa{self.trainer_name}", (*mixins, self.trainer), described)
+        built: list[Any] = []
 
         def factory(*positional: Any, **named: Any) -> Any:
-            built.append(daa_class(*positional, daa_run=_describe(arguments), **named))
+            built.append(trainer_class(*positional, **named))
             return built[-1]
 
         with _replaced(self.module, self.trainer_name, factory):
             self.function(**arguments)
-        built.pop().release()
+        trainer = built.pop()
+        if isinstance(trainer, DaaTrainerMixin):
+            trainer.release()
+        del trainer
         gc.collect()  # model and trainer hold each other; the next stage needs their memory
 
 
 def install(stage: str) -> None:
-    """Let the host's workflow of `stage` (sft or pt) run the stages of a DAA run. Idempotent.
+    """Let the host's workflow of `stage` (sft or pt) run our stages and methods. Idempotent.
 
     Raises:
         AttributeError, ImportError: the host has moved what this module needs.
@@ -87,13 +93,13 @@ def install(stage: str) -> None:
     @functools.wraps(workflow.function)
     def run(*positional: Any, **named: Any) -> None:
         arguments = inspect.signature(workflow.function).bind(*positional, **named).arguments
-        if arguments["finetuning_args"].use_daa and arguments["training_args"].do_train:
+        if arguments["finetuning_args"].needs_daa_ext() and arguments["training_args"].do_train:
             run_stages(workflow, dict(arguments))
         else:
             workflow.function(*positional, **named)
 
     def trainer(*positional: Any, **named: Any) -> Any:
-        if named["finetuning_args"].use_daa and named["args"].do_train:
+        if named["finetuning_args"].needs_daa_ext() and named["args"].do_train:
             raise RuntimeError(
                 f"{function_name} was called in a way that does not pass through daa_ext "
                 "(imported before torch was): DAA would not act. Import torch first."
@@ -108,7 +114,7 @@ def install(stage: str) -> None:
 
 
 def run_stages(workflow: Workflow, arguments: Arguments) -> None:
-    """Anchor, anneal, or both, in this process and on all its ranks.
+    """Anchor, anneal, both, or the one stage of another method; on all ranks of this process.
 
     Raises:
         ValueError: the YAML asks for what this version does not serve, or an anchor that was
@@ -119,10 +125,16 @@ def run_stages(workflow: Workflow, arguments: Arguments) -> None:
     ranks.refuse_differences(
         settings_of_all_ranks(arguments), "Start every node with the same YAML."
     )
-    if training.deepspeed:
+    refuse_data(settings, arguments["data_args"])
+    methods = mixins(settings)
+    reads_engine = settings.use_daa or any(issubclass(m, DaaTrainerMixin) for m in methods)
+    if training.deepspeed and reads_engine:
         ds_config.refuse(training.deepspeed)
+    if not settings.use_daa:
+        workflow.run(methods, arguments)
+        return
     if settings.daa_stage == "anchor":
-        workflow.run(AnchorTrainerMixin, arguments)
+        workflow.run((AnchorTrainerMixin,), _for_stage("anchor", arguments))
         return
     if settings.daa_stage == "auto":
         folder = Path(settings.daa_anchor)
@@ -131,9 +143,15 @@ def run_stages(workflow: Workflow, arguments: Arguments) -> None:
             refuse_missing(folder, found)
             check_reuse(folder, read_manifest(folder), arguments)
         else:
-            workflow.run(AnchorTrainerMixin, anchor_pass(arguments, [LogCallback()]))
+            general = anchor_pass(arguments, [LogCallback()])
+            workflow.run((AnchorTrainerMixin,), _for_stage("anchor", general))
             transformers.set_seed(training.seed)  # as if the pass had not been
-    workflow.run(AnnealTrainerMixin, arguments)
+    workflow.run((*methods, AnnealTrainerMixin), _for_stage("anneal", arguments))
+
+
+def _for_stage(daa_stage: str, arguments: Arguments) -> Arguments:
+    training = ds_config.for_stage(arguments["training_args"], daa_stage)
+    return {**arguments, "training_args": training}
 
 
 def _describe(arguments: Arguments) -> DaaRun:

@@ -14,7 +14,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from daa_ext.checkpoint import read_state, refuse_other_sharding, write_state
 from daa_ext.engine import EngineSteps
-from daa_ext.fingerprint import model_fingerprint, weight_sum
 from daa_ext.fragments import Fragment, Shape
 from daa_ext.guard import NonFiniteGuard, refuse_unserved
 from daa_ext.layout import Replicated
@@ -22,6 +21,7 @@ from daa_ext.mends import forget_modules, separate_step_counts
 from daa_ext.passes import DaaRun
 from daa_ext.ranks import Ranks
 from daa_ext.report import peak_memory, versions
+from daa_ext.weights import weights_fingerprint
 from daa_ext.zero import full_shape, layout_of, own_share
 
 if TYPE_CHECKING:
@@ -33,17 +33,20 @@ else:
 class DaaTrainerMixin(HostTrainer):
     """Stands before a host trainer; the subclasses say what a stage does at each event."""
 
-    daa_stage: str  # anchor or anneal
+    daa_stage: str  # as the report and the checkpoints name it
+    daa_asked = "finetuning_type=daa"  # the key that asked for the stage, in messages
+    daa_run: DaaRun  # set on the class, which is made for one run
     optimizer: Any  # of the host: an Optimizer, wrapped by accelerate once training begins
 
-    def __init__(self, *args: Any, daa_run: DaaRun, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.daa_run = daa_run
         self.ranks = Ranks.of_run(self.args.device)
         self.daa_guard = NonFiniteGuard(0)
         self.resumed: dict[str, Any] = {}  # state of the checkpoint that this run resumes from
         self._grad_norm: float | None = None
-        refuse_unserved(self.model, self.trainable(), self.accelerator.distributed_type)
+        refuse_unserved(
+            self.daa_asked, self.model, self.trainable(), self.accelerator.distributed_type
+        )
         if not self.is_deepspeed_enabled:
             self._host_clip = self.accelerator.clip_grad_norm_
             self.accelerator.clip_grad_norm_ = self._clip_and_remember  # type: ignore[method-assign]
@@ -125,12 +128,7 @@ class DaaTrainerMixin(HostTrainer):
 
     def base_model_fingerprint(self) -> str:
         """`model_fingerprint` of the weights that train, each rank reading a part. Collective."""
-        shapes = self.trainable_shapes()
-        own = [weight_sum(flat, fragment.start) for fragment, flat in self.own_weights()]
-        signed = [value - (1 << 64) if value >= 1 << 63 else value for value in own]
-        sums = self.ranks.add_up(torch.tensor(signed, device=self.ranks.device)).tolist()
-        pairs = zip(shapes.values(), sums, strict=True)
-        return model_fingerprint(dict(zip(shapes, pairs, strict=True)))
+        return weights_fingerprint(self.trainable(), self.ranks)
 
     def own_weights(self) -> Iterator[tuple[Fragment, Tensor]]:
         """(fragment, its weights, flat) of an equal part of every parameter that trains."""

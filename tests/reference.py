@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Settings:
     c0: float = 0.01
     gga: bool = True
     dc: bool = True
+    boost_max: float = inf
 
 
 def batch_gradient(model: torch.nn.Module, samples: Sequence[Sample]) -> Gradients:
@@ -76,7 +77,7 @@ def anneal(
         blend = {n: gamma * anchor[n] + (1 - gamma) * g for n, g in domain.items()}
         norms = sqrt(inner(domain, domain)) * sqrt(inner(anchor, anchor))
         s = abs(inner(domain, anchor)) / norms
-        c = s + settings.c0 if settings.dc else 1.0
+        c = max(s + settings.c0, 1 / settings.boost_max**2) if settings.dc else 1.0
         if settings.max_norm > 0:
             factor = min(1.0, settings.max_norm / (sqrt(inner(blend, blend)) + 1e-6))
             blend = {n: factor * g for n, g in blend.items()}

@@ -251,12 +251,12 @@ def test_law_6_every_anchored_element_is_touched() -> None:
     weights = model()
     optimizer = adam(weights)
     anchored = attach(optimizer, weights)
-    assert anchored.anchored_elements == 0
+    assert anchored.touched_elements == 0
     for step in range(2):
         announce(anchored, step, give(weights, gradients(step), 1.0))
         optimizer.step()
         anchored.finish()
-        assert anchored.anchored_elements == sum(p.numel() for p in weights.values())
+        assert anchored.touched_elements == sum(p.numel() for p in weights.values())
     u_and_s_in_one = sum(term.nbytes - 4 * (term.rank or 0) for term in anchor().values())
     assert anchored.anchor.nbytes == u_and_s_in_one
     assert anchored.anchor.norm == pytest.approx(float(whole_anchor().norm()), rel=1e-5)
@@ -282,7 +282,7 @@ def test_a_parameter_that_the_batch_does_not_reach_is_anchored(missing: str, ste
             announce(anchored, t, norm)
             optimizer.step()
             anchored.finish()
-        assert anchored.anchored_elements == sum(p.numel() for p in weights.values())
+        assert anchored.touched_elements == sum(p.numel() for p in weights.values())
     assert all(torch.equal(found[name], expected[name]) for name in SHAPES)
     assert not torch.equal(found[missing], model()[missing])
 
@@ -298,5 +298,5 @@ def test_law_6_a_step_without_any_gradient_is_an_error(step: int) -> None:
         anchored.finish()
     optimizer.zero_grad()
     announce(anchored, step, 1.0)
-    with pytest.raises(ValueError, match=f"Step {step}: no anchored parameter has a gradient"):
+    with pytest.raises(ValueError, match=f"Step {step}: no parameter has a gradient"):
         optimizer.step()

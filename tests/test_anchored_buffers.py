@@ -94,7 +94,7 @@ def test_one_group_per_call_is_one_call_for_all(name: str, rule: AnnealRule) -> 
         anchored.finish()
         assert [{key: group[key] for key in keys} for group in groups] == before
     assert all(torch.equal(weights[n], expected[n]) for n in SHAPES)
-    assert anchored.anchored_elements == sum(p.numel() for p in weights.values())
+    assert anchored.touched_elements == sum(p.numel() for p in weights.values())
 
 
 def test_parts_in_one_flat_buffer_are_stepped_as_the_whole() -> None:
@@ -131,7 +131,7 @@ def test_parts_in_one_flat_buffer_are_stepped_as_the_whole() -> None:
         optimizer.step()
         anchored.finish()
     torch.testing.assert_close(buffer.detach(), spread(expected), rtol=1e-5, atol=1e-6)
-    assert anchored.anchored_elements == sum(p.numel() for p in expected.values())
+    assert anchored.touched_elements == sum(p.numel() for p in expected.values())
 
 
 def test_buffer_that_is_stepped_twice_is_an_error() -> None:

@@ -19,6 +19,7 @@ ALLOWED: dict[str, list[Any]] = {
     "daa_rank": [1, 512, 10**6],
     "daa_k0": [0, 0.0, 1e-9, 200, 1e6],
     "daa_c0": [1e-9, 0.01, 1, 5.0],
+    "daa_boost_max": [1, 1.0, 2.5, 1e6],
     "daa_gga": [True, False],
     "daa_dc": [True, False],
     "daa_force_resume": [True, False],
@@ -33,6 +34,7 @@ FORBIDDEN: dict[str, list[Any]] = {
     "daa_rank": [0, -1, 1.5, 512.0, "512", True, False, NAN, INF, [512]],
     "daa_k0": [-1, -1e-9, 10**400, "200", True, False, NAN, INF, -INF, [200]],
     "daa_c0": [0, 0.0, -0.01, "0.01", True, False, NAN, INF, -INF, [0.01]],
+    "daa_boost_max": [0, 0.99, -2.0, "2", True, NAN, INF, [2.0]],
     "daa_gga": [0, 1, "true", "yes", 0.0, [True]],
     "daa_dc": [0, 1, "false", "", 1.0, [True]],
     "daa_force_resume": [0, 1, "true", "", 1.0, [True]],
@@ -82,6 +84,7 @@ def test_defaults_are_the_table_of_the_design() -> None:
         "daa_rank": 512,
         "daa_k0": 200.0,
         "daa_c0": 0.01,
+        "daa_boost_max": None,
         "daa_gga": True,
         "daa_dc": True,
         "daa_force_resume": False,
@@ -105,7 +108,7 @@ def test_missing_anchor_says_what_to_write() -> None:
 ALL_KEYS = {"daa_force_resume": True}
 BUILD_KEYS = {"daa_anchor_beta": 0.9, "daa_rank": 8}
 ANNEAL_KEYS: dict[str, Any] = {
-    "daa_k0": 3.0, "daa_c0": 0.1, "daa_gga": False, "daa_dc": False,
+    "daa_k0": 3.0, "daa_c0": 0.1, "daa_boost_max": 2.0, "daa_gga": False, "daa_dc": False,
     "daa_retention_dataset": "general",
 }  # fmt: skip
 AUTO_KEYS = {"daa_anchor_dataset": "general", "daa_anchor_max_samples": 5}
@@ -144,7 +147,10 @@ def test_every_key_that_belongs_to_a_stage_passes_there(stage: str) -> None:
     assert {key: getattr(found, key) for key in given} == given
 
 
-@pytest.mark.parametrize(("key", "switch"), [("daa_k0", "daa_gga"), ("daa_c0", "daa_dc")])
+@pytest.mark.parametrize(
+    ("key", "switch"),
+    [("daa_k0", "daa_gga"), ("daa_c0", "daa_dc"), ("daa_boost_max", "daa_dc")],
+)
 def test_strength_of_what_is_switched_off_is_refused(key: str, switch: str) -> None:
     with pytest.raises(ValueError, match=f"^{key}=3.0 has no effect with {switch}=false"):
         settings(**{key: 3.0, switch: False}).resolve()

@@ -1,5 +1,5 @@
 """The pages say what the code does: keys, fields, links. `python tests/test_docs.py` rewrites
-the table of keys in docs/configuration.md.
+the tables of keys in docs/configuration.md.
 """
 
 import ast
@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from daa_ext.anchored import StepRecord
+from daa_ext.compare.methods import PRESETS
 from daa_ext.config import RULES
 from daa_ext.manifest import Manifest
+from daa_ext.method_config import METHOD_RULES, METHODS
 from daa_ext.plugin import NEVER_WITH_DAA
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,15 +28,34 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 def keys_table() -> str:
     """The table of all daa_* keys, from the rules that the parser applies."""
-    lines = [
-        "| key | default | allowed | used by stage | meaning |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name, rule in RULES.items():
-        stages = ", ".join(rule.stages)
-        cells = (f"`{name}`", _yaml(rule.default), rule.allowed, stages, rule.text)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    head = ("key", "default", "allowed", "used by stage", "meaning")
+    return _table(
+        head,
+        [
+            (f"`{name}`", _yaml(rule.default), rule.allowed, ", ".join(rule.stages), rule.text)
+            for name, rule in RULES.items()
+        ],
+    )
+
+
+def methods_table() -> str:
+    """The table of the keys of all methods beside DAA."""
+    head = ("key", "default", "allowed", "goes with", "meaning")
+    rows = []
+    for name, rule in METHOD_RULES.items():
+        if name in METHODS:
+            types, stages = METHODS[name].finetuning_types, METHODS[name].stages
+            place = f"`finetuning_type` {', '.join(types)}; `stage` {', '.join(stages)}"
+        else:
+            place = f"`{rule.switch}`"
+        rows.append((f"`{name}`", _yaml(rule.default), rule.allowed, place, rule.text))
+    return _table(head, rows)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def _yaml(value: Any) -> str:
@@ -69,8 +90,12 @@ def dict_keys(module: str, function: str) -> set[str]:
     return {key.value for key in outermost.keys if isinstance(key, ast.Constant)}
 
 
-def test_the_table_of_keys_is_generated() -> None:
-    assert cut("keys")[1] == keys_table(), "run: python tests/test_docs.py"
+TABLES = {"keys": keys_table, "methods": methods_table}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_of_keys_are_generated(name: str) -> None:
+    assert cut(name)[1] == TABLES[name](), "run: python tests/test_docs.py"
 
 
 @pytest.mark.parametrize(
@@ -79,6 +104,12 @@ def test_the_table_of_keys_is_generated() -> None:
         ("report common", dict_keys("trainer", "common_report")),
         ("report anneal", dict_keys("anneal_trainer", "_report")),
         ("report anchor", dict_keys("anchor_trainer", "_report")),
+        ("report l2_init", dict_keys("l2_trainer", "_report")),
+        (
+            "report osft",
+            dict_keys("osft_trainer", "_report")
+            | {"update_norm", *(f"leak{side}" for side in ("", "_left", "_right"))},
+        ),
         ("logged", dict_keys("anneal_trainer", "log")),
         ("steps", {field.name for field in fields(StepRecord)}),
         ("manifest", {field.name for field in fields(Manifest)}),
@@ -93,12 +124,15 @@ def test_the_lists_are_those_of_the_code(name: str, expected: set[str]) -> None:
 
 def test_every_key_that_is_mentioned_exists() -> None:
     known = {*RULES, "daa_ext"}
+    rows = {name for name in PRESETS if name.startswith("daa_")}  # of daa compare
+    examples = {path.stem for path in YAMLS}
     mentioned = {
         (word, str(path.relative_to(ROOT)))
         for path in [*PAGES, *YAMLS]
         for word in KEY.findall(path.read_text())
     }
-    assert not [pair for pair in mentioned if pair[0] not in known]
+    others = {*rows, *examples}
+    assert not [pair for pair in mentioned if pair[0] not in known | others]
     assert {word for word, _ in mentioned} >= known
 
 
@@ -143,8 +177,9 @@ def test_every_decision_is_in_the_index() -> None:
 
 
 def main() -> None:
-    before, _, after = cut("keys")
-    CONFIGURATION.write_text(before + keys_table() + after)
+    for name, table in TABLES.items():
+        before, _, after = cut(name)
+        CONFIGURATION.write_text(before + table() + after)
 
 
 if __name__ == "__main__":

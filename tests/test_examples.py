@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from host import report, steps, weights
 
+from daa_ext.method_config import METHODS as OUR_SWITCHES
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples" / "yaml"
 PAPER = ("daa_anchor_llama31_8b", "finance", "law", "medicine", "news_qa")
 DEEPSPEED = sorted((ROOT / "deepspeed_configs").glob("*.json"))
 MAIN = "daa_finance"
+GENERAL = ROOT / "examples" / "data" / "general_train.jsonl"
 
 # stem -> (daa_stage, daa_gga, daa_dc) of a DAA run
 DAA = {
@@ -25,23 +28,55 @@ DAA = {
     "ablation_al_gga": ("auto", True, False),
     "ablation_al_dc": ("auto", False, True),
     "ablation_all": ("auto", True, True),
+    "daa_talr": ("auto", True, True),
+    "daa_boost_cap": ("auto", True, True),
 }
-# stem -> (finetuning_type, use_dora, use_galore)
-BASELINES = {
-    "baseline_direct": ("full", False, False),
-    "baseline_mix_1_1": ("full", False, False),
-    "baseline_mix_1_3": ("full", False, False),
-    "baseline_mix_1_5": ("full", False, False),
-    "baseline_lora": ("lora", False, False),
-    "baseline_dora": ("lora", True, False),
-    "baseline_galore": ("full", False, True),
+# stem -> (finetuning_type, the host's switches that are on)
+BASELINES: dict[str, tuple[str, set[str]]] = {
+    "baseline_direct": ("full", set()),
+    "baseline_small_lr": ("full", set()),
+    "baseline_mix_1_1": ("full", set()),
+    "baseline_mix_1_3": ("full", set()),
+    "baseline_mix_1_5": ("full", set()),
+    "baseline_replay_1": ("full", set()),
+    "baseline_replay_5": ("full", set()),
+    "baseline_replay_10": ("full", set()),
+    "baseline_lora": ("lora", set()),
+    "baseline_dora": ("lora", {"use_dora"}),
+    "baseline_freeze": ("freeze", set()),
+    "baseline_galore": ("full", {"use_galore"}),
+    "baseline_apollo": ("full", {"use_apollo"}),
+    "baseline_dft": ("full", {"use_dft_loss"}),
+    "baseline_eaft": ("full", {"use_eaft_loss"}),
+    "baseline_asft": ("full", {"use_asft_loss"}),
+    "talr": ("full", set()),
+    "flow": ("full", set()),
+    "l2_init": ("full", set()),
+    "osft": ("full", set()),
 }
+SWITCHES = set().union(*(on for _, on in BASELINES.values()))
+# stem -> switches of methods beside DAA
+METHODS = {
+    "talr": ["use_talr_loss"],
+    "flow": ["use_flow_loss"],
+    "daa_talr": ["use_talr_loss"],
+    "l2_init": ["use_l2_init"],
+    "osft": ["use_osft"],
+}
+REPLAYED = {1: 5, 5: 24, 10: 48}  # per cent -> samples of general data beside 480 of finance
+OWN_RATE = ("baseline_galore", "baseline_small_lr")
 RUNNABLE = (*DAA, *BASELINES)
 NO_FULL_TUNING = ("daa_anchor", "baseline_lora", "baseline_dora")
-GALORE = pytest.mark.skipif(
-    importlib.util.find_spec("galore_torch") is None, reason="needs pip install galore-torch"
-)
-BASELINE_NAMES = [pytest.param(n, marks=[GALORE] * v[2]) for n, v in BASELINES.items()]
+
+
+def _param(name: str) -> Any:
+    """The name, skipped where the package of its optimizer is missing."""
+    needed = {"baseline_galore": "galore_torch", "baseline_apollo": "apollo_torch"}.get(name)
+    missing = needed is not None and importlib.util.find_spec(needed) is None
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=f"needs {needed}"))
+
+
+BASELINE_NAMES = [_param(name) for name in BASELINES]
 
 
 def text(name: str) -> dict[str, Any]:
@@ -85,9 +120,20 @@ def test_daa_examples_parse(parse: Any, name: str) -> None:
 @pytest.mark.parametrize("name", BASELINE_NAMES)
 def test_baselines_parse(parse: Any, name: str) -> None:
     args = parse(name)
-    assert (args.finetuning_type, args.use_dora, args.use_galore) == BASELINES[name]
+    on = {switch for switch in SWITCHES if getattr(args, switch)}
+    assert (args.finetuning_type, on) == BASELINES[name]
     assert not args.use_daa
-    assert args.dataset == ["finance_demo", "general_demo"][: 2 if "mix" in name else 1]
+    general = {f"baseline_replay_{share}": f"general_demo_{n}" for share, n in REPLAYED.items()}
+    if "mix" in name or name in general:
+        assert args.dataset == ["finance_demo", general.get(name, "general_demo")]
+    else:
+        assert args.dataset == ["finance_demo"]
+
+
+@pytest.mark.parametrize("name", [*DAA, *BASELINE_NAMES])
+def test_methods_are_switched_on(parse: Any, name: str) -> None:
+    args = parse(name)
+    assert [key for key in OUR_SWITCHES if getattr(args, key)] == METHODS.get(name, [])
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -103,7 +149,7 @@ def test_runs_can_be_compared(name: str) -> None:
         assert own["adam_beta2"] == 0.95
         assert own["lr_scheduler_type"] == "linear"
         assert not [key for key in own if "warmup" in key]
-        assert own["learning_rate"] == main["learning_rate"] or name == "baseline_galore"
+        assert own["learning_rate"] == main["learning_rate"] or name in OWN_RATE
     for key in own.keys() & main.keys() & {"daa_k0", "daa_c0", "daa_rank", "daa_anchor_dataset"}:
         assert own[key] == main[key], key
 
@@ -128,6 +174,24 @@ def test_mixtures_hold_their_ratio_and_all_of_the_domain(parse: Any, general: in
     domain = [row for row in mixed if row >= 0]  # the first set, as in the YAML
     assert set(domain) == set(range(800))
     assert (len(mixed) - len(domain)) / len(domain) == pytest.approx(general, rel=0.1)
+
+
+@pytest.mark.parametrize("share", REPLAYED)
+def test_replay_adds_exactly_its_share(
+    parse: Any, monkeypatch: pytest.MonkeyPatch, share: int
+) -> None:
+    """num_samples is drawn first, max_samples cuts each set afterwards, concat joins them."""
+    from llamafactory.data import loader
+
+    args = parse(f"baseline_replay_{share}")
+    args.dataset_dir = str(ROOT / args.dataset_dir)
+    monkeypatch.setattr(loader, "align_dataset", lambda dataset, *_: dataset)
+    merged = loader._get_merged_dataset(args.dataset, args, args, args, "sft")
+    general = {tuple(json.loads(line).values()) for line in GENERAL.read_text().splitlines()}
+    rows = [tuple(row.values()) for row in merged]
+    added = [row for row in rows if row in general]
+    assert (len(rows) - len(added), len(set(added))) == (480, REPLAYED[share])
+    assert len(added) == REPLAYED[share] == round(480 * share / 100)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -162,7 +226,9 @@ def small(
     folder = tmp_path_factory.mktemp("examples")
     names = ("finance_demo", "finance_demo_test", "general_demo", "general_demo_heldout")
     files = (tiny_data / f"{n}.jsonl" for n in ("domain", "domain_test", "general", "general_test"))
-    info = {name: {"file_name": str(file)} for name, file in zip(names, files, strict=True)}
+    info: dict[str, Any] = {n: {"file_name": str(f)} for n, f in zip(names, files, strict=True)}
+    for count in REPLAYED.values():
+        info[f"general_demo_{count}"] = {**info["general_demo"], "num_samples": count}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return {
         "model_name_or_path": str(tiny_model), "dataset_dir": str(folder), "template": "default",
@@ -211,7 +277,9 @@ def test_daa_examples_take_a_step(
     assert found["retention"] is not None
     (step,) = steps(output)
     assert step["gamma"] == (1.0 if gga else 0.0)  # at T = 1 the rule is capped
-    assert step["correction"] == (pytest.approx(step["similarity"] + 0.01) if dc else 1.0)
+    floor = 1 / text(name)["daa_boost_max"] ** 2 if name == "daa_boost_cap" else 0.0
+    corrected = max(step["similarity"] + 0.01, floor)
+    assert step["correction"] == (pytest.approx(corrected) if dc else 1.0)
 
 
 @pytest.mark.parametrize("name", BASELINE_NAMES)
@@ -221,8 +289,9 @@ def test_baselines_take_a_step(name: str, small: dict[str, Any], tmp_path: Path)
     assert (output / "adapter_model.safetensors").is_file() == adapter
     assert (output / "model.safetensors").is_file() != adapter
     results = json.loads((output / "all_results.json").read_text())
-    assert {"eval_finance_demo_test_loss", "eval_general_demo_heldout_loss"} <= results.keys()
-    assert not list(output.glob("daa_*"))
+    if name != "baseline_asft":
+        assert {"eval_finance_demo_test_loss", "eval_general_demo_heldout_loss"} <= results.keys()
+    assert (output / "daa_report.json").is_file() == (name in ("l2_init", "osft"))
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)

@@ -85,6 +85,8 @@ def test_law_1_with_8_bit_adam(host: Host) -> None:
         ("unclipped", {"max_grad_norm": 0.0}, {"max_norm": 0.0}),
         ("decay", {"weight_decay": 0.1}, {"weight_decay": 0.1}),
         ("capped", {"daa_k0": 20.0}, {"daa_k0": 20.0}),
+        ("boost", {"daa_boost_max": 1.5}, {"boost_max": 1.5}),
+        ("no boost", {"daa_boost_max": 1}, {"boost_max": 1.0}),
         (
             "accumulated",
             {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
@@ -116,6 +118,22 @@ def test_law_2_the_equations_written_out(
     for found, wanted in zip(steps(out), history, strict=True):
         for key, value in wanted.items():
             assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-6)
+
+
+def test_a_cap_on_the_boost_that_is_never_reached_has_no_effect(host: Host) -> None:
+    host.anchor()
+    runs = {value: host.run(host.daa(f"run{value}", "anneal", daa_boost_max=value))
+            for value in (None, 1e6, 2.0, 1.0)}  # fmt: skip
+    assert same(weights(runs[None]), weights(runs[1e6]))
+    assert steps(runs[None]) == steps(runs[1e6])
+    for value in (2.0, 1.0):
+        assert not same(weights(runs[None]), weights(runs[value]))
+        rates = [1e-3 * (1 - t / 6) for t in range(6)]
+        for step, rate in zip(steps(runs[value]), rates, strict=True):
+            assert step["correction"] == max(step["similarity"] + 0.01, 1 / value**2)
+            assert step["effective_lr"] == pytest.approx(rate / step["correction"] ** 0.5)
+        assert report(runs[value])["boost_max"] == value
+    assert report(runs[None])["boost_max"] is None
 
 
 def test_law_2_low_rank_anchor_is_the_truncated_one(host: Host) -> None:

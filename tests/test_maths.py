@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from math import sqrt
+from math import inf, sqrt
 
 import pytest
 import torch
@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from daa_ext import fingerprint
-from daa_ext.blend import CLIP_EPS, blended_norm, clip_factor, clipped_blend
+from daa_ext.blend import (
+    CLIP_EPS,
+    clip_factor,
+    clipped_blend,
+    clipped_combination,
+    combined_norm,
+)
 from daa_ext.correction import correction, similarity, step_scale
 from daa_ext.fingerprint import model_fingerprint, weight_sum
 from daa_ext.schedule import gamma, is_capped, total_pull
@@ -93,11 +99,32 @@ def test_blend_equals_blending_first_and_clipping_then(
     domain = DOMAINS[name]
     whole = share * ANCHOR + (1 - share) * domain
     measured = scalars(domain)
-    assert blended_norm(share, **measured) == pytest.approx(whole.norm().item(), abs=1e-7)
+    assert combined_norm(share, 1 - share, **measured) == pytest.approx(
+        whole.norm().item(), abs=1e-7
+    )
     host_clip = clip_factor(measured["domain_norm"], max_norm)
     blend = clipped_blend(share, **measured, host_clip=host_clip, max_norm=max_norm)
     found = blend.anchor * ANCHOR + blend.domain * torch_clipped(domain, max_norm)
     torch.testing.assert_close(found, torch_clipped(whole, max_norm), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5])
+@pytest.mark.parametrize(("anchor", "domain"), [(3.0, 1.0), (1e-9, 1.0), (0.0, 1.0), (-2.0, 0.1)])
+def test_any_combination_is_clipped_as_a_whole(
+    anchor: float, domain: float, max_norm: float
+) -> None:
+    gradient = DOMAINS["random"]
+    measured = scalars(gradient)
+    found = clipped_combination(
+        anchor,
+        domain,
+        **measured,
+        host_clip=clip_factor(measured["domain_norm"], max_norm),
+        max_norm=max_norm,
+    )
+    combined = found.anchor * ANCHOR + found.domain * torch_clipped(gradient, max_norm)
+    wanted = torch_clipped(anchor * ANCHOR + domain * gradient, max_norm)
+    torch.testing.assert_close(combined, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_blend_before_clip_differs_from_clip_before_blend() -> None:
@@ -110,8 +137,10 @@ def test_blend_before_clip_differs_from_clip_before_blend() -> None:
 
 @given(norm=positive, share=st.floats(0.0, 1.0))
 @EXAMPLES
-def test_blended_norm_survives_cancellation(norm: float, share: float) -> None:
-    found = blended_norm(share, norm, norm, -(norm**2) * (1 + 1e-15))
+def test_combined_norm_survives_cancellation(norm: float, share: float) -> None:
+    found = combined_norm(
+        share, 1 - share, domain_norm=norm, anchor_norm=norm, inner=-(norm**2) * (1 + 1e-15)
+    )
     assert found == pytest.approx(abs(2 * share - 1) * norm, abs=1e-6 * norm)
 
 
@@ -145,6 +174,14 @@ def test_similarity_of_parallel_orthogonal_opposed_and_zero() -> None:
         assert found == pytest.approx(wanted, abs=1e-12), name
     assert similarity(0.0, norm, 0.0) == 0.0
     assert correction(0.0, 0.01) == 0.01
+
+
+@given(st.floats(0.0, 1.0), st.floats(1e-6, 2.0), st.floats(1.0, 1e6))
+@EXAMPLES
+def test_a_step_is_at_most_boost_max_times_as_long(s: float, c0: float, boost_max: float) -> None:
+    capped, plain = (step_scale(correction(s, c0, cap)).lr for cap in (boost_max, inf))
+    assert capped == pytest.approx(min(plain, boost_max))
+    assert plain == step_scale(s + c0).lr, "no cap: the paper's equation, bitwise"
 
 
 @given(c=positive, v=st.floats(0.0, 1e6), eps=st.floats(1e-12, 1.0))
