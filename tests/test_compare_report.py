@@ -70,7 +70,9 @@ def test_scores_at_the_matched_domain_score(tmp_path: Path, fake: FakeProcesses)
     found = table(experiment(tmp_path, match_at=0.5))
     summary = summarise(found, "words")
     assert summary["target"] == pytest.approx(0.2 + 0.5 * 0.7)
-    matched = {row["row"]: row["matched"] for row in summary["rows"]}
+    matched = {row["row"]: row["matched"]["S_G"] for row in summary["rows"]}
+    losses = [row["matched"]["repeat"]["mean"] for row in summary["rows"]]
+    assert losses == [pytest.approx(2.0)] * len(losses)
     # base (0.2, 0.8) to (0.6, 0.6) and (0.6, 0.7), at 0.55
     assert matched["direct"]["mean"] == pytest.approx(stats.mean([0.625, 0.7125]))
     # wise, of 1e-4: (0.5, 0.8) to (0.6, 0.6 / 0.7); of 1e-3: (0.5, 0.8) to (0.9, 0.3 / 0.4)

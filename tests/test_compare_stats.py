@@ -68,6 +68,12 @@ def test_scores_at_the_same_domain_score(
     assert found == (None if expected is None else pytest.approx(expected))
 
 
+def test_losses_at_the_same_domain_score_are_the_lowest() -> None:
+    curve = [(0.0, 1.0), (1.0, 2.0), (0.0, 9.0)]
+    assert stats.at_domain_score(curve, 0.5, min) == pytest.approx(1.5)
+    assert stats.at_domain_score(curve, 0.5, max) == pytest.approx(5.5)
+
+
 def test_pareto_front() -> None:
     points = [(0.1, 0.9), (0.5, 0.5), (0.4, 0.4), (0.9, 0.1), (0.5, 0.3), (0.9, 0.1)]
     assert stats.pareto_front(points) == [(0.1, 0.9), (0.5, 0.5), (0.9, 0.1)]

@@ -25,6 +25,7 @@ class Progress:
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("{task.fields[left]}"), console=self.console, transient=True,
+            refresh_per_second=2,
         )  # fmt: skip
         self._task = self._bar.add_task("starting", total=0, left="")
         self._pending: dict[str, Run] = {}

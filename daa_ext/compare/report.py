@@ -137,13 +137,18 @@ def _domain(table: Table, domain: str, summary: Summary) -> Iterable[str]:
     )  # fmt: skip
     yield f"\n### {domain}: at the same domain score\n"
     yield (
-        f"S_G where a method's own curve reaches S_D = {_f(summary['target'])} (the base's plus "
-        f"{table.experiment.match_at:g} of the gain of {reference}), all items, grid seeds.\n"
+        f"S_G and the general losses where a method's own curve reaches S_D = "
+        f"{_f(summary['target'])} (the base's plus {table.experiment.match_at:g} of the gain of "
+        f"{reference}), all items, grid seeds.\n"
     )
+    names = list(dict.fromkeys(name for row in rows for name in row["matched"]))
     yield from _markdown(
-        ["method", "S_G", "seeds that reach it"],
-        [[row["row"], _spread(row["matched"]), f"{row['matched']['n']} of {row['matched']['of']}"]
-         for row in rows],
+        ["method", *names, "seeds that reach it"],
+        [
+            [row["row"], *(_spread(row["matched"][name]) for name in names),
+             f"{row['matched']['S_G']['n']} of {row['matched_of']}"]
+            for row in rows
+        ],
     )  # fmt: skip
     yield f"\n### {domain}: every set, all items, at the best rate\n"
     columns = list(dict.fromkeys((s, m) for row in rows for s, found in row["sets"].items()

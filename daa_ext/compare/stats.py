@@ -1,6 +1,6 @@
 """The maths of a comparison: scores, curves, matched scores, tests. No files, no settings."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import sqrt
 from typing import Any
@@ -56,18 +56,21 @@ def deviation(values: Sequence[float]) -> float | None:
     return sqrt(sum((value - centre) ** 2 for value in values) / (len(values) - 1))
 
 
-def at_domain_score(curve: Sequence[Pair], target: float) -> float | None:
-    """The S_G at which a curve of (S_D, S_G) crosses S_D = target.
+def at_domain_score(
+    curve: Sequence[Pair], target: float, best: Callable[..., float] = max
+) -> float | None:
+    """The value at which a curve of (S_D, value) crosses S_D = target.
 
     The curve is walked in its order (the base model, then growing learning rate) and taken as
-    straight between its points. Where it crosses more than once, the best S_G counts: every method
-    is given its most favourable point. None where it never gets there.
+    straight between its points. Where it crosses more than once, the best value counts (`max` for
+    scores, `min` for losses): every method is given its most favourable point. None where it never
+    gets there.
     """
-    found = [g for d, g in curve if d == target]
-    for (d0, g0), (d1, g1) in pairwise(curve):
+    found = [value for domain, value in curve if domain == target]
+    for (d0, v0), (d1, v1) in pairwise(curve):
         if min(d0, d1) < target < max(d0, d1):
-            found.append(g0 + (g1 - g0) * (target - d0) / (d1 - d0))
-    return max(found, default=None)
+            found.append(v0 + (v1 - v0) * (target - d0) / (d1 - d0))
+    return best(found) if found else None
 
 
 def pareto_front(points: Iterable[Pair]) -> list[Pair]:

@@ -71,7 +71,8 @@ def _row(table: Table, domain: str, row: Row) -> Summary | None:
         "change": _changes(table, domain, best),
         "tests": _tests(table, domain, best),
         "sets": _sets(best.points),
-        "matched": {**_spread(list(matched.values())), "of": len(grid_seeds)},
+        "matched": {name: _spread(list(values.values())) for name, values in matched.items()},
+        "matched_of": len(grid_seeds),
         "cost": _cost(table, row, best),
     }
 

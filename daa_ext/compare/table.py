@@ -120,46 +120,52 @@ class Table:
                     found[domain, row.name] = best.place[0]
         return found
 
-    def curve(self, domain: str, row: str, seed: int) -> list[stats.Pair]:
-        """(S_D, S_G) from the base model along a row's grid, of one seed."""
-        base = self.base(domain)
-        points = [p for p in self.points(domain, row) if p.result["seed"] == seed and p.is_scored]
-        scored = [*([base] if base and base.is_scored else []), *points]
-        return [_pair(point) for point in scored]
-
     def target(self, domain: str) -> float | None:
         """S_D at which methods are matched: the base's plus `match_at` of the reference's gain."""
         base = self.base(domain)
-        reached = [_pair(p)[0] for p in self.points(domain, self.experiment.reference)
+        reached = [_domain_score(p) for p in self.points(domain, self.experiment.reference)
                    if p.is_scored and p.result["seed"] in self._matched_seeds()]  # fmt: skip
         if base is None or not base.is_scored or not reached:
             return None
-        start = _pair(base)[0]
+        start = _domain_score(base)
         return start + self.experiment.match_at * (max(reached) - start)
 
-    def matched(self, domain: str, row: Row) -> dict[int, float]:
-        """seed -> S_G at the target, for the seeds whose curve gets there."""
+    def matched(self, domain: str, row: Row) -> dict[str, dict[int, float]]:
+        """S_G, and each general loss, at the target: name -> seed -> value.
+
+        Seeds whose curve does not get there have none.
+        """
         target = self.target(domain)
-        found: dict[int, float] = {}
+        losses = [each.name for each in self.experiment.general if each.kind == "loss"]
+        found: dict[str, dict[int, float]] = {name: {} for name in ("S_G", *losses)}
+        if target is None:
+            return found
         for seed in self.experiment.grid_seeds(row.method):
-            for curve in self._curves(domain, row, seed):
-                if target is not None and (general := stats.at_domain_score(curve, target)):
-                    found[seed] = max(general, found.get(seed, 0.0))
+            for name in found:
+                best = max if name == "S_G" else min
+                values = [
+                    value
+                    for curve in self._curves(domain, row, seed)
+                    if (value := stats.at_domain_score(_pairs(curve, name), target, best))
+                    is not None
+                ]
+                if values:
+                    found[name][seed] = best(values)
         return found
 
-    def _curves(self, domain: str, row: Row, seed: int) -> Iterator[list[stats.Pair]]:
-        """One curve, or for WiSE-FT one per learning rate of what it interpolates to."""
+    def _curves(self, domain: str, row: Row, seed: int) -> Iterator[list[Point]]:
+        """From the base model along the grid; for WiSE-FT one for each rate that it starts from."""
         base = self.base(domain)
         assert base is not None
-        if row.method.kind != "wise":
-            yield self.curve(domain, row.name, seed)
-            return
         points = [p for p in self.points(domain, row.name) if p.result["seed"] == seed]
+        if row.method.kind != "wise":
+            yield [base, *(point for point in points if point.is_scored)]
+            return
         origins = self.points(domain, str(row.method.of))
         for rate in dict.fromkeys(point.place[0] for point in points):
             ends = [p for p in origins if (p.place[0], p.result["seed"]) == (rate, seed)]
             along = [base, *(p for p in points if p.place[0] == rate), *ends]
-            yield [_pair(point) for point in along if point.is_scored]
+            yield [point for point in along if point.is_scored]
 
     def _matched_seeds(self) -> list[int]:
         reference = self.experiment.methods[self.experiment.reference]
@@ -207,8 +213,17 @@ def _value(each: ScoreSet, found: Mapping[str, Any] | None, half: Half) -> float
     return metric(items[0::2] if half == "select" else items[1::2])
 
 
-def _pair(point: Point) -> stats.Pair:
-    scores = point.halves["all"]
-    assert scores.domain is not None
-    assert scores.general is not None
-    return scores.domain, scores.general
+def _domain_score(point: Point) -> float:
+    score = point.halves["all"].domain
+    assert score is not None
+    return score
+
+
+def _pairs(curve: Sequence[Point], name: str) -> list[stats.Pair]:
+    """(S_D, S_G), or (S_D, loss of the set `name`), of the points that have both."""
+    pairs = []
+    for point in curve:
+        value = point.halves["all"].general if name == "S_G" else point.sets[name].get("loss")
+        if value is not None:
+            pairs.append((_domain_score(point), value))
+    return pairs
