@@ -47,7 +47,7 @@ setup(
     extras_require={
         "8bit": ["bitsandbytes>=0.45"],
         "demo": ["gguf>=0.10"],
-        "eval": ["lm-eval[hf]>=0.4.13,<0.5"],
+        "eval": ["lm-eval[hf,ifeval]>=0.4.13,<0.5"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -42,7 +42,10 @@ def content(folder: Path, **changes: Any) -> dict[str, Any]:
         "base_model": str(base),
         "template": "default",
         "dataset_dir": str(data),
-        "train": {"cutoff_len": 64, "per_device_train_batch_size": 8, "use_cpu": True},
+        "train": {
+            "cutoff_len": 64, "per_device_train_batch_size": 8, "num_train_epochs": 1.0,
+            "use_cpu": True,
+        },
         "anchor": {"dataset": "general", "max_samples": 16},
         "domains": {
             "words": {
