@@ -55,6 +55,7 @@ setup(
             "tensorboard",
             "bitsandbytes>=0.45",  # its 8-bit AdamW has CPU kernels
             "galore-torch>=1.0",  # a baseline of examples/yaml
+            "apollo-torch>=1.0",
             "lm-eval[hf]>=0.4.13,<0.5",
         ],
         "quality": ["ruff>=0.8,<1", "mypy>=1.13,<3", "types-PyYAML"],

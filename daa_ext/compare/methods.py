@@ -10,11 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """keys: of the training YAML. derived: made from another method's runs, `of`."""
+    """keys: of the training YAML. derived: made from another method's runs, `of`.
+
+    evaluates: whether the host can evaluate while it trains this way.
+    """
 
     keys: dict[str, Any] = field(default_factory=dict)
     anchored: bool = False
     derived: bool = False
+    evaluates: bool = True
 
 
 FULL = {"finetuning_type": "full"}
@@ -30,7 +34,7 @@ KINDS = {
     "apollo": Kind({**PROJECTED, "use_apollo": True, "apollo_target": "all"}),
     "freeze": Kind({"finetuning_type": "freeze", "freeze_trainable_layers": 2}),
     "dft": Kind({**FULL, "use_dft_loss": True}),
-    "asft": Kind({**FULL, "use_asft_loss": True}),
+    "asft": Kind({**FULL, "use_asft_loss": True}, evaluates=False),  # 0.9.5 fails on it
     "eaft": Kind({**FULL, "use_eaft_loss": True}),
     "talr": Kind({**FULL, "use_talr_loss": True}),
     "flow": Kind({**FULL, "use_flow_loss": True}),

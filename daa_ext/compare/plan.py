@@ -172,7 +172,7 @@ class Planner:
             name = _anchor_name(row.anchor_samples or self.experiment.anchor.max_samples)
             anchor = f"anchors/{name}"
             keys["daa_anchor"] = str(self.root / anchor)
-        if self.experiment.curves is not None:
+        if self.experiment.curves is not None and KINDS[row.method.kind].evaluates:
             keys |= {
                 "eval_dataset": ",".join(name for name, _, _ in self._curve_sets()),
                 "eval_on_each_dataset": True,
