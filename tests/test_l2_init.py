@@ -224,6 +224,7 @@ def alone(jobs: Jobs) -> Path:
     return jobs.host.run(sharded(jobs.host, "alone", 1, None, **PULLED))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", STAGES)
 def test_two_ranks_equal_one_process(jobs: Jobs, alone: Path, name: str) -> None:
     out = jobs.out(name)
@@ -235,6 +236,7 @@ def test_two_ranks_equal_one_process(jobs: Jobs, alone: Path, name: str) -> None
     assert found["zero_stage"] == (None if name == "ddp" else int(name[1]))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("name", "rel"), [("z0", 0.25), ("z3", 0.01)])
 def test_under_bf16_theta0_is_fp32_and_the_run_near_the_exact_one(
     jobs: Jobs, alone: Path, name: str, rel: float
@@ -246,6 +248,7 @@ def test_under_bf16_theta0_is_fp32_and_the_run_near_the_exact_one(
     assert found["distance"] == pytest.approx(wanted["distance"], rel=rel)
 
 
+@pytest.mark.distributed
 def test_the_bound_tells_a_run_without_the_pull_apart(jobs: Jobs, alone: Path) -> None:
     plain = jobs.host.run(
         sharded(jobs.host, "plain", 1, None, finetuning_type="full", max_grad_norm=0.3)
@@ -253,6 +256,7 @@ def test_the_bound_tells_a_run_without_the_pull_apart(jobs: Jobs, alone: Path) -
     assert error(jobs.host, plain, alone) > 1000 * BOUND
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", RESUMED)
 def test_resume_on_two_ranks_is_bitwise(jobs: Jobs, name: str) -> None:
     assert same(weights(jobs.out(name)), weights(jobs.out(f"{name}-again")))
