@@ -143,7 +143,7 @@ class Campaign:
             if result.parent not in needed:
                 for pattern in WEIGHTS:
                     for file in result.parent.glob(pattern):
-                        file.unlink()
+                        file.unlink(missing_ok=True)  # another process may be as fast
 
 
 def differences(then: Any, now: Any, place: str = "") -> Iterator[str]:
