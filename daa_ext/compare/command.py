@@ -58,8 +58,7 @@ def prepare(settings: Experiment) -> Campaign:
         ValueError: names what is missing, unknown, or other than when this folder was begun.
     """
     refuse_unknown_keys(dict(settings.yaml_keys()))
-    everything = {s.name: s for domain in settings.domains for s in settings.sets(domain)}
-    check([each.job(settings.dataset_dir) for each in everything.values()])
+    check([each.job(settings.dataset_dir) for each in settings.all_sets()])
     root = Path(settings.output)
     root.mkdir(parents=True, exist_ok=True)
     campaign = Campaign(settings, Planner(settings, root))

@@ -157,6 +157,11 @@ class Experiment(Strict):
         """All sets that a model of `domain` is scored on."""
         return [*self.domains[domain].score, *self.general]
 
+    def all_sets(self) -> list[ScoreSet]:
+        """The sets of all domains and the general ones, each once."""
+        named = {each.name: each for domain in self.domains for each in self.sets(domain)}
+        return list(named.values())
+
     def seeds_of(self, method: Method) -> list[int]:
         return method.seeds or self.seeds
 

@@ -38,8 +38,7 @@ class Maker:
         files = planner.data.files(planner.datasets())
         scored = {
             file
-            for domain in experiment.domains
-            for each in experiment.sets(domain)
+            for each in experiment.all_sets()
             if (file := each.file(experiment.dataset_dir)) is not None
         }
         self._prints = {

@@ -77,13 +77,8 @@ class Planner:
 
     def first(self) -> Iterator[Run]:
         """The base model twice, the anchors, the noise passes."""
-        everything = {
-            each.name: each
-            for domain in self.experiment.domains
-            for each in self.experiment.sets(domain)
-        }
         for order, name in enumerate((BASE, BASE_AGAIN)):
-            yield Run(name, "base", seed=order, sets=tuple(everything.values()))
+            yield Run(name, "base", seed=order, sets=tuple(self.experiment.all_sets()))
         for samples in self._anchor_sizes():
             name = _anchor_name(samples)
             yield self._anchor_pass(f"anchors/{name}", "anchor", name, self.experiment.anchor.train)
@@ -211,7 +206,7 @@ class Planner:
     def _curve_sets(self) -> Iterator[tuple[str, Path, int | None]]:
         if self.experiment.curves is None:
             return
-        known = {s.name: s for d in self.experiment.domains for s in self.experiment.sets(d)}
+        known = {each.name: each for each in self.experiment.all_sets()}
         for name in self.experiment.curves.sets:
             yield (
                 f"curve_{slug(name)}",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from daa_ext.compare import harness
+from daa_ext.compare import harness, stats
 from daa_ext.compare.data import evenly
 from daa_ext.compare.rows import Row, labels_of, read_rows
 
@@ -142,16 +142,13 @@ def choice_result(
     finite = all(math.isfinite(score) for row in scores for score in row)
     best = [max(range(len(row)), key=row.__getitem__) for row in scores]
     found: list[Any] = [labels[i] for i in best] if labels else best
-    metrics = dict.fromkeys(METRICS[spec.kind], math.nan)
-    if finite:
-        hits = sum(a == b for a, b in zip(truths, found, strict=True))
-        metrics["accuracy"] = hits / len(found)
-        if "f1" in metrics:
-            metrics["f1"] = _weighted_f1(truths, found)
     items = [
         {"truth": truth, "found": answer if finite else None, "scores": [_finite(s) for s in row]}
         for truth, answer, row in zip(truths, found, scores, strict=True)
     ]
+    metrics = {
+        name: stats.METRICS[name](items) if finite else math.nan for name in METRICS[spec.kind]
+    }
     return result(spec, metrics, items)
 
 
@@ -177,12 +174,6 @@ def result(
         "items": items,
     }
     return entry | ({"diverged": True} if None in plain.values() else {})
-
-
-def _weighted_f1(truths: Sequence[Any], found: Sequence[Any]) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(truths, found, average="weighted", zero_division=0.0))
 
 
 def _finite(value: float) -> float | None:
