@@ -22,7 +22,7 @@ fine-tunes all parameters on domain data alone, that anchor in every gradient:
 Imports go one way, each floor only to floors below it (tests/test_house.py):
 
     maths   schedule blend correction lowrank fingerprint fragments reweight noise  ->  parts
-    files   config ranks mends stored flow_cache  ->  manifest method_config  ->  artifact
+    files   keys ranks mends stored flow_cache  ->  config manifest method_config  ->  artifact
     shares  layout gathered factorize retention  ->  zero estimator resident steered
     steps   anchored engine l2_init weights  ->  report  ->  checkpoint guard ds_config passes
     runs    trainer reweight_trainer osft_trainer  ->  steered_trainer anchor_trainer card_trainer

@@ -4,47 +4,33 @@ A field that the YAML leaves out is None until `resolve` puts the default in: so
 set where it has no effect can be told from one that was not set, and refused.
 """
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from daa_ext import keys
+from daa_ext.keys import is_count, is_name, is_number, is_positive, is_switch
 
 Stage = Literal["anchor", "anneal", "auto"]
 BUILDS, ANNEALS = ("anchor", "auto"), ("anneal", "auto")  # stages that build, that use an anchor
 ALL: tuple[str, ...] = get_args(Stage)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e308
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
 def _is_folder(value: Any) -> bool:
     """A path whose last part is a name: the folder is made beside its place, then renamed."""
-    return _is_name(value) and Path(value).name not in ("", "..")
+    return is_name(value) and Path(value).name not in ("", "..")
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What is allowed for one key, and where it has an effect."""
+class DaaRule(keys.Rule):
+    """stages: where the key has an effect."""
 
-    default: Any
-    text: str
-    allowed: str
-    test: Callable[[Any], bool]
     stages: tuple[str, ...]
 
 
 RULES = {
-    "daa_stage": Rule(
+    "daa_stage": DaaRule(
         "auto",
         "anchor: build the anchor from `dataset`; anneal: fine-tune with it; "
         "auto: build it from `daa_anchor_dataset` where the folder is missing, then fine-tune.",
@@ -52,88 +38,88 @@ RULES = {
         lambda v: v in ALL,
         ALL,
     ),
-    "daa_anchor": Rule(
+    "daa_anchor": DaaRule(
         None,
         "Folder of the anchor: written by `anchor`, read by `anneal`, both by `auto`.",
         "the path of a folder",
         _is_folder,
         ALL,
     ),
-    "daa_anchor_dataset": Rule(
+    "daa_anchor_dataset": DaaRule(
         None,
         "General data of the anchor, LLaMA-Factory data set names separated by commas.",
         "data set names from dataset_info.json",
-        _is_name,
+        is_name,
         ("auto",),
     ),
-    "daa_anchor_max_samples": Rule(
+    "daa_anchor_max_samples": DaaRule(
         None,
         "Read at most this many samples of each general data set (default: `max_samples`).",
         "a whole number >= 1",
-        _is_count,
+        is_count,
         ("auto",),
     ),
-    "daa_anchor_beta": Rule(
+    "daa_anchor_beta": DaaRule(
         0.999,
         "Decay beta of the anchor's first moment; bias-corrected.",
         "a number in [0, 1)",
-        lambda v: _is_number(v) and 0.0 <= v < 1.0,
+        lambda v: is_number(v) and 0.0 <= v < 1.0,
         BUILDS,
     ),
-    "daa_rank": Rule(
+    "daa_rank": DaaRule(
         512,
         "Ceiling of the rank of the anchor's factors.",
         "a whole number >= 1",
-        _is_count,
+        is_count,
         BUILDS,
     ),
-    "daa_k0": Rule(
+    "daa_k0": DaaRule(
         200.0,
         "Strength of the anchor in steps: gamma_t = min(1, daa_k0 / T (1 - t/T)).",
         "a number >= 0 (0 switches the anchor off)",
-        lambda v: _is_number(v) and v >= 0.0,
+        lambda v: is_number(v) and v >= 0.0,
         ANNEALS,
     ),
-    "daa_c0": Rule(
+    "daa_c0": DaaRule(
         0.01,
         "Floor of the correction: c_t = s_t + daa_c0. The step grows at most by 1/sqrt(daa_c0).",
         "a number > 0",
-        lambda v: _is_number(v) and v > 0.0,
+        is_positive,
         ANNEALS,
     ),
-    "daa_boost_max": Rule(
+    "daa_boost_max": DaaRule(
         None,
         "Cap on what the correction multiplies a step by: c_t is not below 1 / daa_boost_max^2.",
         "a number >= 1 (1: no step is longer than the scheduler's)",
-        lambda v: _is_number(v) and v >= 1.0,
+        lambda v: is_number(v) and v >= 1.0,
         ANNEALS,
     ),
-    "daa_gga": Rule(
+    "daa_gga": DaaRule(
         True,
         "Anchor every gradient (general-gradient anchoring); false for the ablation.",
         "true or false",
-        lambda v: isinstance(v, bool),
+        is_switch,
         ANNEALS,
     ),
-    "daa_dc": Rule(
+    "daa_dc": DaaRule(
         True,
         "Correct every step by the similarity (dynamic correction); false for the ablation.",
         "true or false",
-        lambda v: isinstance(v, bool),
+        is_switch,
         ANNEALS,
     ),
-    "daa_force_resume": Rule(
+    "daa_force_resume": DaaRule(
         False,
         "Resume from a checkpoint although the anchor or a daa_* value is another one now.",
         "true or false",
-        lambda v: isinstance(v, bool),
+        is_switch,
         ALL,
     ),
-    "daa_retention_dataset": Rule(
+    "daa_retention_dataset": DaaRule(
         None,
         "Held-out general data: its loss is measured before, during and after the run.",
         "data set names from dataset_info.json",
-        _is_name,
+        is_name,
         ANNEALS,
     ),
 }
@@ -178,9 +164,7 @@ class DaaSettings:
         """Check every value and combination, then fill in the defaults; returns self."""
         given = self.given()
         for name in given:
-            value, rule = getattr(self, name), RULES[name]
-            if not rule.test(value):
-                raise ValueError(f"{name}={value!r} is not allowed: {rule.allowed}. {rule.text}")
+            RULES[name].check(name, getattr(self, name))
         self._check_together(given)
         for name, rule in RULES.items():
             if name not in given:
@@ -210,11 +194,6 @@ class DaaSettings:
                 )
 
 
-def refuse_unknown(keys: Iterable[str]) -> None:
+def refuse_unknown(names: Iterable[str]) -> None:
     """Raise ValueError for the first key that starts like a DAA setting and is none."""
-    for key in keys:
-        if key.startswith("daa") and key not in RULES:
-            close = difflib.get_close_matches(key, RULES, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"{key} is not a DAA setting: did you mean {close}? All: {', '.join(RULES)}."
-            )
+    keys.refuse_unknown(names, lambda name: name.startswith("daa"), RULES, "DAA setting")

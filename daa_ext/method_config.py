@@ -3,12 +3,12 @@
 As in config.py, a field that the YAML leaves out is None until it is resolved.
 """
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from daa_ext.config import _is_count, _is_name, _is_number
+from daa_ext import keys
+from daa_ext.keys import is_count, is_name, is_number, is_positive, is_switch
 
 PREFIXES = ("talr", "flow", "l2", "osft")  # with or without use_: a key like this is ours
 
@@ -23,13 +23,9 @@ class Method:
 
 
 @dataclass(frozen=True)
-class MethodRule:
-    """What is allowed for one key, and the switch that it needs (a switch needs itself)."""
+class MethodRule(keys.Rule):
+    """switch: the key that must be on for this one to act (a switch needs itself)."""
 
-    default: Any
-    text: str
-    allowed: str
-    test: Callable[[Any], bool]
     switch: str
 
 
@@ -60,15 +56,11 @@ METHODS = {
 
 
 def _switch(name: str, text: str) -> dict[str, MethodRule]:
-    return {name: MethodRule(False, text, "true or false", lambda v: isinstance(v, bool), name)}
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0.0
+    return {name: MethodRule(False, text, "true or false", is_switch, name)}
 
 
 def _is_share_or_count(value: Any) -> bool:
-    return _is_count(value) or (isinstance(value, float) and 0.0 < value < 1.0)
+    return is_count(value) or (isinstance(value, float) and 0.0 < value < 1.0)
 
 
 METHOD_RULES = {
@@ -80,14 +72,14 @@ METHOD_RULES = {
         None,
         "tau of TALR. Not set: the median over the batch of the sequences' mean token losses.",
         "a number > 0",
-        _is_positive,
+        is_positive,
         "use_talr_loss",
     ),
     "talr_w_min": MethodRule(
         0.01,
         "The smallest weight of a token in TALR; 1 is the plain loss.",
         "a number in [0, 1]",
-        lambda v: _is_number(v) and 0.0 <= v <= 1.0,
+        lambda v: is_number(v) and 0.0 <= v <= 1.0,
         "use_talr_loss",
     ),
     **_switch(
@@ -99,14 +91,14 @@ METHOD_RULES = {
         None,
         "tau of FLOW. Not set: the median of f over the training set.",
         "a number > 0",
-        _is_positive,
+        is_positive,
         "use_flow_loss",
     ),
     "flow_cache": MethodRule(
         None,
         "Folder in which f of every sample is kept (default: `output_dir`).",
         "the path of a folder",
-        _is_name,
+        is_name,
         "use_flow_loss",
     ),
     **_switch("use_l2_init", "Pull all weights back to where they started: an L2 penalty."),
@@ -114,7 +106,7 @@ METHOD_RULES = {
         1e-3,
         "Strength: l2_init_lambda times the mean of (theta - theta_0)^2 is added to the loss.",
         "a number > 0",
-        _is_positive,
+        is_positive,
         "use_l2_init",
     ),
     **_switch(
@@ -165,8 +157,7 @@ class MethodSettings:
             value = getattr(self, name)
             if value is None:
                 continue
-            if not rule.test(value):
-                raise ValueError(f"{name}={value!r} is not allowed: {rule.allowed}. {rule.text}")
+            rule.check(name, value)
             if name != rule.switch and not getattr(self, rule.switch):
                 raise ValueError(
                     f"{name}={value} has no effect without {rule.switch}: set "
@@ -199,11 +190,8 @@ def _refuse(switch: str, method: Method, chosen: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_unknown_methods(keys: Iterable[str]) -> None:
+def refuse_unknown_methods(names: Iterable[str]) -> None:
     """Raise ValueError for the first key that starts like one of these methods' and is none."""
-    for key in keys:
-        if key.removeprefix("use_").startswith(PREFIXES) and key not in METHOD_RULES:
-            close = difflib.get_close_matches(key, METHOD_RULES, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"{key} is not a setting: did you mean {close}? All: {', '.join(METHOD_RULES)}."
-            )
+    keys.refuse_unknown(
+        names, lambda name: name.removeprefix("use_").startswith(PREFIXES), METHOD_RULES, "setting"
+    )

@@ -17,8 +17,8 @@ PACKAGE = Path(daa_ext.__file__).parent
 LADDER: list[set[str]] = [
     {"schedule", "blend", "correction", "lowrank", "fingerprint", "fragments", "reweight", "noise"},
     {"parts"},
-    {"config", "ranks", "mends", "stored", "flow_cache"},
-    {"manifest", "method_config"},
+    {"keys", "ranks", "mends", "stored", "flow_cache"},
+    {"config", "manifest", "method_config"},
     {"artifact"},
     {"layout", "gathered", "factorize", "retention"},
     {"zero", "estimator", "resident", "steered"},
