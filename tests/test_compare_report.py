@@ -121,6 +121,21 @@ def test_noise_floor_and_tests(tmp_path: Path, fake: FakeProcesses) -> None:
     assert rows(found)["daa"]["tests"]["S"]["welch"] == pytest.approx(1.0)
 
 
+def test_differences_from_the_reference(tmp_path: Path, fake: FakeProcesses) -> None:
+    """By hand: of direct at 1e-4 endings are right in 0.6 and 0.7, of WiSE-FT in 0.8 and 0.8."""
+    found = rows(table(experiment(tmp_path)))
+    assert found["direct"]["against"] == {}
+    assert found["daa"]["against"]["words"]["mean"] == 0.0
+    assert found["daa"]["against"]["words"]["paired"] is None, "no spread to test with"
+    wise = found["wise"]["against"]
+    assert wise["endings"]["metric"] == "accuracy"
+    assert wise["endings"]["mean"] == pytest.approx(0.15)
+    assert wise["endings"]["sd"] == pytest.approx(0.05 * 2**0.5)
+    assert wise["repeat"] == {"mean": 0.0, "sd": 0.0, "n": 2, "metric": "loss", "paired": None}
+    text = write_report(table(experiment(tmp_path)), tmp_path / "out").read_text()
+    assert "| wise | 2 | -0.100 +- 0.000 (p -) | +0.150 +- 0.071 (p 0.205) |" in text
+
+
 def test_costs(tmp_path: Path, fake: FakeProcesses) -> None:
     costs = {name: row["cost"] for name, row in rows(table(experiment(tmp_path))).items()}
     assert costs["direct"]["seconds"] == 10.0
@@ -133,6 +148,7 @@ def test_costs(tmp_path: Path, fake: FakeProcesses) -> None:
 def test_files_and_pictures(tmp_path: Path, fake: FakeProcesses) -> None:
     methods = content(tmp_path)["methods"]
     methods["daa_k"] = {"kind": "daa", "learning_rate": 1e-4, "sweep": {"daa_k0": [1, 2]}}
+    methods["other"] = {"kind": "daa", "learning_rate": 1e-4, "sweep": {"daa_k0": [0.5]}}
     methods["bad"] = {"kind": "lora", "learning_rate": 1e-4}
     fake.broken = {"words/bad/lr-0.0001_seed-1", "words/bad/lr-0.0001_seed-2"}
     settings = experiment(tmp_path, methods=methods, curves=CURVES, noise=NOISE)

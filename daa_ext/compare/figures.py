@@ -27,7 +27,7 @@ def draw_all(table: Table, summaries: Mapping[str, Summary], folder: Path) -> li
             drawn.append(_save(forgetting(table, domain, summary), folder, f"forgetting_{domain}"))
         for key in dict.fromkeys(row["swept"][0] for row in summary["rows"] if row["swept"]):
             name = f"sweep_{domain}_{key.replace('.', '_')}"
-            drawn.append(_save(sweep(summary, key), folder, name))
+            drawn.append(_save(sweep(summary, key, _losses(table)), folder, name))
     if (figure := similarity(table, summaries, folder)) is not None:
         drawn.append(_save(figure, folder, "similarity"))
     if noise := [result for result in table.results if result["task"] == "noise"]:
@@ -37,7 +37,7 @@ def draw_all(table: Table, summaries: Mapping[str, Summary], folder: Path) -> li
 
 def trade_off(table: Table, domain: str) -> Figure:
     """S_D against S_G, and against the general losses: one curve per method, the Pareto front."""
-    losses = [each.name for each in table.experiment.general if each.kind == "loss"]
+    losses = _losses(table)
     figure, axes = _panels(2 if losses else 1)
     base = table.base(domain)
     for axis in axes:
@@ -144,19 +144,43 @@ def gradient_noise(results: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def sweep(summary: Summary, key: str) -> Figure:
-    """S_D, S_G and S over the values of one swept key, each at its best rate (tables 5 and 12)."""
-    figure, axes = _panels(1)
-    rows = [row for row in summary["rows"] if row["swept"] and row["swept"][0] == key]
-    values = [str(row["swept"][1]) for row in rows]
-    for name in ("S_D", "S_G", "S"):
-        means = [row["scores"][name]["mean"] for row in rows]
-        spreads = [row["scores"][name]["sd"] or 0.0 for row in rows]
-        axes[0].errorbar(values, means, yerr=spreads, marker="o", capsize=3, label=name)
-    axes[0].set_xlabel(key)
-    axes[0].grid(alpha=0.3)
-    axes[0].legend()
+def sweep(summary: Summary, key: str, losses: Sequence[str]) -> Figure:
+    """Scores, and losses less the base's, over the values of one swept key (tables 5 and 12).
+
+    Of every method that sweeps it, each value at its best rate.
+    """
+    figure, axes = _panels(2 if losses else 1)
+    swept = [row for row in summary["rows"] if row["swept"] and row["swept"][0] == key]
+    numeric = all(isinstance(row["swept"][1], (int, float)) for row in swept)
+    for index, method in enumerate(dict.fromkeys(row["method"] for row in swept)):
+        rows = [row for row in swept if row["method"] == method]
+        values = [row["swept"][1] if numeric else str(row["swept"][1]) for row in rows]
+        style: dict[str, Any] = {"marker": MARKERS[index], "capsize": 3, "linewidth": 1}
+        for name in ("S_D", "S_G", "S"):
+            found = [row["scores"][name] for row in rows]
+            axes[0].errorbar(values, *_bars(found), label=f"{method}: {name}", **style)
+        for name in losses:
+            found = [row["sets"][name]["loss"] for row in rows]
+            start = summary["base"]["sets"][name]["loss"]
+            axes[1].errorbar(values, *_bars(found, start), label=f"{method}: {name}", **style)
+    if losses:
+        axes[1].axhline(0.0, color="k", linewidth=0.6, linestyle=":")
+        axes[1].set_ylabel("loss less the base's")
+    for axis in axes:
+        axis.set_xlabel(key)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
     return figure
+
+
+def _bars(found: Sequence[Summary], start: float = 0.0) -> tuple[list[float], list[float]]:
+    """(means less `start`, standard deviations)."""
+    return [each["mean"] - start for each in found], [each["sd"] or 0.0 for each in found]
+
+
+def _losses(table: Table) -> list[str]:
+    """The general sets that are losses."""
+    return [each.name for each in table.experiment.general if each.kind == "loss"]
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

@@ -47,6 +47,8 @@ def _runs(table: Table) -> Iterable[dict[str, Any]]:
     for result in table.results:
         row = {key: result[key] for key in COLUMNS}
         domain = result["domain"] or next(iter(table.experiment.domains))
+        report = (result.get("train") or {}).get("report") or {}
+        row["mean_rate"] = report.get("effective_lr_mean")
         if "score" in result:
             point = table.point(domain, result)
             row |= {name: getattr(point.halves["all"], key) for name, key in SCORES.items()}
@@ -95,10 +97,11 @@ def _pages(
     yield "\n## Every run\n"
     scored = [*SCORES, *dict.fromkeys(k for run in runs for k in run if k.endswith(".loss"))]
     yield from _markdown(
-        ["run", "status", "learning rate", *scored],
+        ["run", "status", "learning rate", "DAA's mean rate", *scored],
         [
             [run["id"], f"{run['status']} {run['reason']}".strip().replace("|", "/"),
-             _rate(run["learning_rate"]), *(_f(run.get(key)) for key in scored)]
+             *(_rate(run[key]) for key in ("learning_rate", "mean_rate")),
+             *(_f(run.get(key)) for key in scored)]
             for run in runs
         ],
     )  # fmt: skip
@@ -163,6 +166,7 @@ def _domain(table: Table, domain: str, summary: Summary) -> Iterable[str]:
             ),
         ],
     )
+    yield from _against(rows, reference, domain)
     yield f"\n### {domain}: cost of one run\n"
     yield "The anchor is built once for all domains; its share is its cost over their number.\n"
     yield from _markdown(
@@ -172,6 +176,28 @@ def _domain(table: Table, domain: str, summary: Summary) -> Iterable[str]:
              _f((row["cost"]["peak_bytes"] or 0) / 1e9), f"{row['cost']['anchor_seconds']:.0f}",
              f"{row['cost']['anchor_share_seconds']:.0f}"]
             for row in rows
+        ],
+    )  # fmt: skip
+
+
+def _against(rows: Sequence[Summary], reference: str, domain: str) -> Iterable[str]:
+    tested = [row for row in rows if row["against"]]
+    if not tested:
+        return
+    yield f"\n### {domain}: differences from {reference}\n"
+    yield (
+        "Each at its best rate, all items, over the seeds that both have: mean +- standard "
+        "deviation of the differences, p of the paired t test (for one comparison, not for all).\n"
+    )
+    names = list(
+        dict.fromkeys((s, m["metric"]) for row in tested for s, m in row["against"].items())
+    )
+    yield from _markdown(
+        ["method", "seeds", *(f"{name} {metric}" for name, metric in names)],
+        [
+            [row["row"], max(m["n"] for m in row["against"].values()),
+             *(_difference(row["against"].get(name)) for name, _ in names)]
+            for row in tested
         ],
     )  # fmt: skip
 
@@ -194,6 +220,12 @@ def _spread(found: Summary | None) -> str:
     if not found or found["mean"] is None:
         return "-"
     return _f(found["mean"]) + (f" +- {found['sd']:.3f}" if found["sd"] is not None else "")
+
+
+def _difference(found: Summary | None) -> str:
+    if not found:
+        return "-"
+    return f"{found['mean']:+.3f} +- {found['sd']:.3f} (p {_f(found['paired'])})"
 
 
 def _rate(value: float | None) -> str:

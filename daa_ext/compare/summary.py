@@ -56,9 +56,11 @@ def _row(table: Table, domain: str, row: Row) -> Summary | None:
     if best is None:
         return None
     matched = table.matched(domain, row)
+    methods = table.experiment.methods
     grid_seeds = table.experiment.grid_seeds(row.method)
     return {
         "row": row.name,
+        "method": next(name for name, m in methods.items() if m is row.method),
         "kind": row.method.kind,
         "swept": list(row.swept) if row.swept else None,
         "rate": best.place[0],
@@ -70,6 +72,7 @@ def _row(table: Table, domain: str, row: Row) -> Summary | None:
         },
         "change": _changes(table, domain, best),
         "tests": _tests(table, domain, best),
+        "against": _against(table, domain, best),
         "sets": _sets(best.points),
         "matched": {name: _spread(list(values.values())) for name, values in matched.items()},
         "matched_of": len(grid_seeds),
@@ -95,9 +98,8 @@ def _changes(table: Table, domain: str, best: Best) -> Summary:
 
 def _tests(table: Table, domain: str, best: Best) -> Summary:
     """p values against the reference at its own best place, over seeds, of the report half."""
-    reference = next(row for row in table.rows if row.method is _reference(table))
-    other = table.best(domain, reference)
-    if other is None or reference.name == best.row.name:
+    other = _reference(table, domain, best)
+    if other is None:
         return {name: {"paired": None, "welch": None} for name in SCORES}
     found = {}
     for name, key in SCORES.items():
@@ -109,8 +111,34 @@ def _tests(table: Table, domain: str, best: Best) -> Summary:
     return found
 
 
-def _reference(table: Table) -> Any:
-    return table.experiment.methods[table.experiment.reference]
+def _against(table: Table, domain: str, best: Best) -> Summary:
+    """set -> what it measures here minus the reference's, over the seeds of both, all items.
+
+    Of a set that enters S_D or S_G its metric, of the others the loss.
+    """
+    other = _reference(table, domain, best)
+    found: Summary = {}
+    if other is None:
+        return found
+    for each in table.experiment.sets(domain):
+        metric = each.counted or "loss"
+        ours, theirs = (
+            {p.result["seed"]: value for p in side.points
+             if (value := p.sets.get(each.name, {}).get(metric)) is not None}
+            for side in (best, other)
+        )  # fmt: skip
+        differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+        if len(differences) > 1:
+            p = stats.paired_test(ours, theirs)
+            found[each.name] = {**_spread(differences), "metric": metric, "paired": p}
+    return found
+
+
+def _reference(table: Table, domain: str, best: Best) -> Best | None:
+    """The reference at its own best place; None for the reference itself."""
+    wanted = table.experiment.methods[table.experiment.reference]
+    row = next(row for row in table.rows if row.method is wanted)
+    return None if row.name == best.row.name else table.best(domain, row)
 
 
 def _sets(points: Sequence[Point]) -> dict[str, dict[str, Summary]]:
