@@ -162,14 +162,14 @@ class Again(Lead):
 
     @staticmethod
     def install() -> None:
-        step = anneal_trainer.AnnealTrainerMixin.training_step
+        mixin = anneal_trainer.AnnealTrainerMixin
 
         def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
             if self.state.global_step == self.state.max_steps // 2:
                 anchor_again(self)
-            return step(self, *args, **kwargs)
+            return super(mixin, self).training_step(*args, **kwargs)
 
-        anneal_trainer.AnnealTrainerMixin.training_step = training_step
+        mixin.training_step = training_step
 
 
 class SecondMoment(MomentEstimator):
@@ -228,7 +228,6 @@ LEADS: dict[str, tuple[type[Lead], dict[str, Any]]] = {
     "anchoring 1e-4, lambda v_G": (Curved, {"learning_rate": 1e-4}),
     "DAA 1e-5, similarity per tensor": (PerTensor, {"learning_rate": 1e-5, **PAPER}),
     "DAA 5e-5, trust region": (TrustRegion, {"learning_rate": 5e-5, **PAPER}),
-    "anchoring 2e-5, H (theta - theta0)": (Elastic, {"learning_rate": 2e-5}),
 }
 
 
