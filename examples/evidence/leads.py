@@ -21,6 +21,7 @@ from torch import Tensor
 from daa_ext import anchor_trainer, anneal_trainer
 from daa_ext.anchored import AnchoredOptimizer
 from daa_ext.blend import clip_factor
+from daa_ext.compare.runs import slug
 from daa_ext.correction import correction, similarity
 from daa_ext.estimator import MomentEstimator
 from daa_ext.parts import DensePart
@@ -30,6 +31,8 @@ PATTERN = "runs/finance/daa_no_dc/lr-0.0001_seed-42"
 SETS = ("finance", "finance_loss", "instructions", "endings", "manuals")
 SECOND_SAMPLES = 200  # for the second moment of the general gradient
 AGAIN_SAMPLES = 160  # for a second anchor
+ANCHOR_STEPS = 100  # of the comparison's anchor
+RANK = 16  # of a truncated anchor
 RADIUS = 1.0  # of the trust region
 
 second: dict[str, dict[str, Tensor]] = {}  # the second moment, "raw" and "clipped", by parameter
@@ -130,6 +133,55 @@ class Elastic(Lead):
         super()._prepare(optimizer)
 
 
+class Shrunk(Lead):
+    """An anchor without the coordinates that are noise: g_G (1 - sigma^2 / g_G^2)_+.
+
+    sigma^2 is the variance of the mean over the anchor's steps, from the second moment of single
+    batches. Adam makes a full step of every coordinate, however small its gradient is, and the
+    anchor has the same noise in every step, so what averages out elsewhere adds up here.
+    """
+
+    def __init__(self, optimizer: Any, layout: Any, anchor: ResidentAnchor, rule: Any) -> None:
+        parts = {}
+        for fragment in layout.fragments_of(0):
+            values = flat(anchor, fragment)
+            variance = second["raw"][fragment.name].view(-1) / ANCHOR_STEPS
+            parts[fragment.name] = values * (1 - variance / values.square()).clamp(
+                min=0.0
+            ).nan_to_num(0.0)
+        super().__init__(optimizer, layout, dense(parts), rule)
+
+
+class Truncated(Lead):
+    """An anchor of a small rank, which is another way to leave noise out."""
+
+    def __init__(self, optimizer: Any, layout: Any, anchor: ResidentAnchor, rule: Any) -> None:
+        parts = {}
+        for fragment in layout.fragments_of(0):
+            values = flat(anchor, fragment)
+            if len(fragment.shape) == 2:
+                U, S, V = torch.svd_lowrank(values.view(fragment.shape), RANK, niter=2)
+                values = ((U * S) @ V.T).reshape(-1)
+            parts[fragment.name] = values
+        super().__init__(optimizer, layout, dense(parts), rule)
+
+
+def flat(anchor: ResidentAnchor, fragment: Any) -> Tensor:
+    """The elements of the anchor in a fragment."""
+    values = torch.zeros(fragment.numel)
+    anchor.parts[fragment.name].blend_(values, 0.0, 1.0)
+    return values
+
+
+def dense(parts: dict[str, Tensor]) -> ResidentAnchor:
+    squares = sum(values.square().sum(dtype=torch.float64) for values in parts.values())
+    kept = sum(int(values.count_nonzero()) for values in parts.values())
+    total = sum(values.numel() for values in parts.values())
+    norm = float(squares) ** 0.5
+    print(f"anchor: norm {norm:.4g}, {kept / total:.3f} of its elements are not 0", flush=True)
+    return ResidentAnchor({name: DensePart(values) for name, values in parts.items()}, norm)
+
+
 class TrustRegion(Lead):
     """No step leaves the ball of RADIUS around the starting weights."""
 
@@ -151,9 +203,8 @@ def anchor_again(trainer: Any) -> None:
         with trainer.compute_loss_context_manager():
             loss = trainer.model(**trainer._prepare_inputs(batch)).loss
         (loss / len(batches)).backward()
-    parts = {name: DensePart(p.grad.reshape(-1).clone()) for name, p in trainer.trainable()}
-    squares = sum(part.values.square().sum(dtype=torch.float64) for part in parts.values())
-    trainer.anchored.anchor = ResidentAnchor(parts, float(squares) ** 0.5)
+    gradients = {name: p.grad.reshape(-1).clone() for name, p in trainer.trainable()}
+    trainer.anchored.anchor = dense(gradients)
     trainer.model.zero_grad()
 
 
@@ -224,6 +275,8 @@ PAPER = {"daa_dc": True}
 LEADS: dict[str, tuple[type[Lead], dict[str, Any]]] = {
     "anchoring 1e-4, H (theta - theta0)": (Elastic, {"learning_rate": 1e-4}),
     "anchoring 1e-4, new anchor at T/2": (Again, {"learning_rate": 1e-4}),
+    "anchoring 1e-4, anchor without noise": (Shrunk, {"learning_rate": 1e-4}),
+    "anchoring 1e-4, anchor of rank 16": (Truncated, {"learning_rate": 1e-4}),
     "plain 5e-4, lambda v_G": (Curved, {"learning_rate": 5e-4, **PLAIN}),
     "anchoring 1e-4, lambda v_G": (Curved, {"learning_rate": 1e-4}),
     "DAA 1e-5, similarity per tensor": (PerTensor, {"learning_rate": 1e-5, **PAPER}),
@@ -234,8 +287,8 @@ LEADS: dict[str, tuple[type[Lead], dict[str, Any]]] = {
 def table(out: Path) -> str:
     """Markdown: every lead that has scores."""
     rows = ["| lead | accuracy | " + " | ".join(SETS[1:]) + " |", "| --- " * (len(SETS) + 1) + "|"]
-    for number, name in enumerate(LEADS):
-        path = out / str(number) / "score.json"
+    for name in LEADS:
+        path = out / slug(name) / "score.json"
         if path.exists():
             sets = json.loads(path.read_text())["sets"]
             values = [sets["finance"]["accuracy"], *(sets[each]["loss"] for each in SETS[1:])]
@@ -253,8 +306,8 @@ def main(comparison: Path, out: Path) -> None:
         keys = {**anchor, "max_samples": SECOND_SAMPLES, "daa_rank": 1}
         keys |= {"daa_anchor": str(out / "unused"), "output_dir": str(out / "second_moment")}
         child("moment", keys, moment)
-    for number, (name, (_, changed)) in enumerate(LEADS.items()):
-        folder = out / str(number)
+    for name, (_, changed) in LEADS.items():
+        folder = out / slug(name)
         if not (folder / "score.json").exists():
             print(name, flush=True)
             child(name, {**pattern, **changed, "output_dir": str(folder)}, moment)
