@@ -272,6 +272,16 @@ def train(lead: type[Lead], keys: dict[str, Any], moment: Path) -> None:
 
 PLAIN = {"daa_gga": False, "daa_dc": False}
 PAPER = {"daa_dc": True}
+LONG = {  # 100 steps, as in docs/evidence.md's comparison with an earlier prototype
+    "dataset_dir": "saves/evidence_data",
+    "dataset": "finance_train",
+    "max_samples": 800,
+    "daa_k0": 50,
+    "eval_dataset": None,
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "eval_on_each_dataset": False,
+}
 LEADS: dict[str, tuple[type[Lead], dict[str, Any]]] = {
     "anchoring 1e-4, H (theta - theta0)": (Elastic, {"learning_rate": 1e-4}),
     "anchoring 1e-4, new anchor at T/2": (Again, {"learning_rate": 1e-4}),
@@ -281,6 +291,7 @@ LEADS: dict[str, tuple[type[Lead], dict[str, Any]]] = {
     "anchoring 1e-4, lambda v_G": (Curved, {"learning_rate": 1e-4}),
     "DAA 1e-5, similarity per tensor": (PerTensor, {"learning_rate": 1e-5, **PAPER}),
     "DAA 5e-5, trust region": (TrustRegion, {"learning_rate": 5e-5, **PAPER}),
+    "DAA 1e-5, 100 steps": (Lead, {"learning_rate": 1e-5, **PAPER, **LONG}),
 }
 
 
