@@ -84,7 +84,7 @@ def train(lead: type[Lead], keys: dict[str, Any], moment: Path) -> None:
     run_exp(keys)
 
 
-PLAIN = {"daa_gga": False, "daa_dc": False}
+PLAIN = {"daa_gga": False, "daa_dc": False, "daa_k0": None}
 PAPER = {"daa_dc": True}
 LONG = {  # 100 steps, as in docs/evidence.md's comparison with an earlier prototype
     "dataset_dir": "saves/evidence_data",
