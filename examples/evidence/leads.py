@@ -105,6 +105,7 @@ LEADS: dict[str, tuple[type[Lead], dict[str, Any]]] = {
     "anchoring 1e-4, lambda v_G": (Curved, {"learning_rate": 1e-4}),
     "DAA 1e-5, similarity per tensor": (PerTensor, {"learning_rate": 1e-5, **PAPER}),
     "DAA 5e-5, trust region": (TrustRegion, {"learning_rate": 5e-5, **PAPER}),
+    "plain 2.16e-4, trust region": (TrustRegion, {"learning_rate": 2.16e-4, **PLAIN}),
     "DAA 1e-5, 100 steps": (Lead, {"learning_rate": 1e-5, **PAPER, **LONG}),
 }
 
