@@ -24,9 +24,10 @@ Imports go one way, each floor only to floors below it (tests/test_house.py):
     maths   schedule blend correction lowrank fingerprint fragments reweight noise  ->  parts
     files   keys ranks mends stored flow_cache  ->  config manifest method_config  ->  artifact
     shares  layout gathered factorize retention  ->  zero estimator resident steered
-    steps   anchored engine l2_init weights  ->  report  ->  checkpoint guard ds_config passes
+    steps   start engine weights  ->  anchored l2_init  ->  report
+    steps   checkpoint guard ds_config passes
     runs    trainer reweight_trainer osft_trainer  ->  steered_trainer anchor_trainer card_trainer
-    runs    anneal_trainer l2_trainer flow_trainer  ->  methods
+    runs    start_trainer  ->  anneal_trainer l2_trainer flow_trainer  ->  methods
     host    stages  ->  plugin
     tools   wise tasks  ->  compare newsqa  ->  cli
 """

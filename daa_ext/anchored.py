@@ -2,7 +2,7 @@
 
 `AnchoredOptimizer` is no optimizer of its own. It hangs on an existing Adam (`steered`): before
 the step it blends the gradients and scales lr, eps and weight decay; after the step it puts
-these settings back.
+these settings back. Where it has a leash it draws the weights back first.
 
     law                                                       proved in
     daa_k0 = 0 and daa_dc = false: bitwise the plain step     tests/test_laws.py (law 1)
@@ -25,6 +25,7 @@ from daa_ext.fragments import Fragment
 from daa_ext.layout import Layout, squared_norm
 from daa_ext.resident import ResidentAnchor
 from daa_ext.schedule import gamma
+from daa_ext.start import Start
 from daa_ext.steered import Change, SteeredOptimizer
 
 
@@ -51,6 +52,7 @@ class StepRecord:
     gamma: float
     domain_grad_norm: float  # ||g_D||, before any clipping
     effective_lr: float  # eta_t / sqrt(c_t) of the first parameter group
+    distance: float | None = None  # ||theta - theta_0|| before the step; None without a radius
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,24 @@ class Measured:
     """The scalars of one step, of the whole batch and over all ranks, before any clipping.
 
     domain_norm: ||g_D||; inner: <g_D, g_hat>; both finite, without loss scale.
+    distance: ||theta - theta_0||, where the run has a radius.
     """
 
     domain_norm: float
     inner: float
+    distance: float | None = None
+
+
+@dataclass(frozen=True)
+class Leash:
+    """Draws the weights back into the ball ||theta - theta_0|| <= radius before a step."""
+
+    start: Start
+    radius: float  # > 0, absolute
+
+    def factor(self, distance: float) -> float:
+        """What theta - theta_0 is multiplied by: 1 inside the ball."""
+        return self.radius / distance if distance > self.radius else 1.0
 
 
 class AnchoredOptimizer(SteeredOptimizer):
@@ -76,6 +92,7 @@ class AnchoredOptimizer(SteeredOptimizer):
         layout: which fragments lie in which tensors of `optimizer`.
         anchor: this rank's parts, one for each fragment.
         rule: settings.
+        leash: keeps the weights near the start; `arm` then needs the distance.
 
     Raises:
         ValueError: the anchor is zero, or `optimizer` has no eps to correct.
@@ -84,9 +101,15 @@ class AnchoredOptimizer(SteeredOptimizer):
     method = "DAA"
 
     def __init__(
-        self, optimizer: Optimizer, layout: Layout, anchor: ResidentAnchor, rule: AnnealRule
+        self,
+        optimizer: Optimizer,
+        layout: Layout,
+        anchor: ResidentAnchor,
+        rule: AnnealRule,
+        leash: Leash | None = None,
     ) -> None:
         self.rule = rule
+        self.leash = leash
         self.anchor = anchor
         self.last: StepRecord | None = None
         self._armed: tuple[Measured, float, Callable[[], float]] | None = None
@@ -126,7 +149,7 @@ class AnchoredOptimizer(SteeredOptimizer):
         c = correction(s, self.rule.c0, self.rule.boost_max) if self.rule.dc else 1.0
         share = gamma(step, self.rule.total_steps, self.rule.k0) if self.rule.gga else 0.0
         rate = float(self._optimizer.param_groups[0]["lr"]) * step_scale(c).lr
-        self.last = StepRecord(step, s, c, share, measured.domain_norm, rate)
+        self.last = StepRecord(step, s, c, share, measured.domain_norm, rate, measured.distance)
         self._armed = (measured, share, host_factor)
 
     def _change(self) -> Change | None:
@@ -150,8 +173,18 @@ class AnchoredOptimizer(SteeredOptimizer):
 
     def _prepare(self, optimizer: Optimizer) -> None:
         assert self.last is not None
+        if self.leash is not None:
+            self._draw_back(optimizer, self.leash)
         if self.rule.dc:
             self._scale(optimizer, step_scale(self.last.correction))
+
+    def _draw_back(self, optimizer: Optimizer, leash: Leash) -> None:
+        assert self.last is not None
+        assert self.last.distance is not None
+        factor = leash.factor(self.last.distance)
+        if factor < 1.0:
+            for piece in self.pieces_of(optimizer):
+                leash.start.draw_back(piece.name, factor)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group, saved in zip(optimizer.param_groups, self._saved, strict=False):

@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers.utils import logging
 
 from daa_ext import artifact
-from daa_ext.anchored import AnchoredOptimizer, AnnealRule, Measured, StepRecord
+from daa_ext.anchored import AnchoredOptimizer, AnnealRule, Leash, Measured, StepRecord
 from daa_ext.card_trainer import CardTrainerMixin
 from daa_ext.manifest import Manifest, anchor_bytes, verify_model
 from daa_ext.report import plot_curves, write_report, write_steps
 from daa_ext.resident import load
 from daa_ext.schedule import is_capped, total_pull
-from daa_ext.steered_trainer import SteeredTrainerMixin
+from daa_ext.start_trainer import StartTrainerMixin
 from daa_ext.zero import is_offloaded
 
 logger = logging.get_logger(__name__)
@@ -35,7 +35,7 @@ SERVED_OPTIMIZERS = (
 )
 
 
-class AnnealTrainerMixin(CardTrainerMixin, SteeredTrainerMixin):
+class AnnealTrainerMixin(CardTrainerMixin, StartTrainerMixin):
     """Fine-tunes all weights on the domain with the anchor in every gradient."""
 
     daa_stage = "anneal"
@@ -55,6 +55,9 @@ class AnnealTrainerMixin(CardTrainerMixin, SteeredTrainerMixin):
         fingerprint = self.base_model_fingerprint()
         verify_model(self.folder, self.manifest, self.trainable_shapes(), fingerprint)
         self.records: list[StepRecord] = []
+
+    def keeps_start(self) -> bool:
+        return self.daa_run.settings.daa_radius is not None
 
     def _read_and_verify(self) -> Manifest:
         artifact.check_writable(Path(self.args.output_dir), "output_dir")
@@ -89,7 +92,11 @@ class AnnealTrainerMixin(CardTrainerMixin, SteeredTrainerMixin):
         )
         reader = artifact.AnchorReader(self.folder, self.manifest)
         anchor = load(reader, self.layout, self.ranks, self._gradient_device())
-        self.anchored = AnchoredOptimizer(self.inner_optimizer(), self.layout, anchor, rule)
+        leash = None
+        if settings.daa_radius is not None:
+            leash = Leash(self.start, settings.daa_radius * self.start_norm())
+        optimizer = self.inner_optimizer()
+        self.anchored = AnchoredOptimizer(optimizer, self.layout, anchor, rule, leash)
         self.steered = self.anchored
         self._warn_of_schedule(total)
         self.begin_card()
@@ -98,7 +105,8 @@ class AnnealTrainerMixin(CardTrainerMixin, SteeredTrainerMixin):
         return self.anchored.sums(device)
 
     def before_engine_step(self, norm: float, inner: float, factor: Callable[[], float]) -> None:
-        self.anchored.arm(self.state.global_step, Measured(norm, inner), factor)
+        distance = self.distance() if self.keeps_start() else None
+        self.anchored.arm(self.state.global_step, Measured(norm, inner, distance), factor)
 
     def after_step(self) -> None:
         super().after_step()
@@ -113,7 +121,8 @@ class AnnealTrainerMixin(CardTrainerMixin, SteeredTrainerMixin):
     def settings_to_resume(self) -> dict[str, Any]:
         settings = self.daa_run.settings
         names = (
-            "daa_k0", "daa_c0", "daa_boost_max", "daa_gga", "daa_dc", "daa_retention_dataset",
+            "daa_k0", "daa_c0", "daa_boost_max", "daa_radius", "daa_gga", "daa_dc",
+            "daa_retention_dataset",
         )  # fmt: skip
         return {
             "anchor": self.manifest.digest,
@@ -123,7 +132,9 @@ class AnnealTrainerMixin(CardTrainerMixin, SteeredTrainerMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.records:
             last = self.records[-1]
+            distance = {} if last.distance is None else {"daa/distance": last.distance}
             logs |= {
+                **distance,
                 "daa/similarity": last.similarity,
                 "daa/correction": last.correction,
                 "daa/gamma": last.gamma,
@@ -154,7 +165,7 @@ class AnnealTrainerMixin(CardTrainerMixin, SteeredTrainerMixin):
 
     def _report(self) -> dict[str, Any]:
         settings, rule = self.daa_run.settings, self.anchored.rule
-        anchor = self.anchored.anchor
+        anchor, leash = self.anchored.anchor, self.anchored.leash
         count = len(self.records)
         return {
             "stage": "anneal",
@@ -164,6 +175,9 @@ class AnnealTrainerMixin(CardTrainerMixin, SteeredTrainerMixin):
             "k0": rule.k0 / rule.total_steps,
             "c0": rule.c0,
             "boost_max": settings.daa_boost_max,
+            "radius": leash.radius if leash is not None else None,
+            "distance": self.distance() if leash is not None else None,
+            "steps_held": self._steps_held() if leash is not None else None,
             "gga": rule.gga,
             "dc": rule.dc,
             "total_pull": total_pull(rule.total_steps, rule.k0) if rule.gga else 0.0,
@@ -182,6 +196,12 @@ class AnnealTrainerMixin(CardTrainerMixin, SteeredTrainerMixin):
             "daa_retention_dataset": settings.daa_retention_dataset,
             **self.common_report(),
         }
+
+    def _steps_held(self) -> int:
+        """At how many steps the radius drew the weights back."""
+        leash = self.anchored.leash
+        gone = [record.distance for record in self.records if record.distance is not None]
+        return sum(leash.factor(distance) < 1.0 for distance in gone) if leash is not None else 0
 
     def _warn_of_schedule(self, total: int) -> None:
         if self.args.lr_scheduler_type != "linear" or self.args.get_warmup_steps(total) > 0:

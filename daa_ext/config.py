@@ -94,6 +94,13 @@ RULES = {
         lambda v: is_number(v) and v >= 1.0,
         ANNEALS,
     ),
+    "daa_radius": DaaRule(
+        None,
+        "Keep the weights near the base model's: ||theta - theta_0|| <= daa_radius ||theta_0||.",
+        "a number > 0",
+        is_positive,
+        ANNEALS,
+    ),
     "daa_gga": DaaRule(
         True,
         "Anchor every gradient (general-gradient anchoring); false for the ablation.",
@@ -143,6 +150,7 @@ class DaaSettings:
     daa_k0: float = _unset("daa_k0")
     daa_c0: float = _unset("daa_c0")
     daa_boost_max: float = _unset("daa_boost_max")
+    daa_radius: float = _unset("daa_radius")
     daa_gga: bool = _unset("daa_gga")
     daa_dc: bool = _unset("daa_dc")
     daa_force_resume: bool = _unset("daa_force_resume")

@@ -7,7 +7,7 @@ The pull enters through the gradient, and the sum of both is clipped, as the hos
 gradient of the sum of both losses; that needs three scalars and no further pass (`blend`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from daa_ext.blend import clipped_combination
 from daa_ext.fragments import Fragment
-from daa_ext.layout import Buffer, Layout, squared_norm
-from daa_ext.parts import CHUNK_ELEMENTS
+from daa_ext.layout import Layout, squared_norm
+from daa_ext.start import Start
 from daa_ext.steered import Change, SteeredOptimizer
 
 
@@ -29,25 +29,13 @@ def pull_factor(strength: float, trained: int) -> float:
     return 2.0 * strength / trained
 
 
-def starting_weights(layout: Layout) -> dict[str, Tensor]:
-    """Copies of this rank's fragments, by parameter name: as sharded, and where, as these are.
-
-    To be called while the weights are the base model's.
-    """
-    return {
-        piece.name: _weights(buffer, piece).clone()
-        for buffer in layout.buffers()
-        for piece in buffer.fragments
-    }
-
-
 class PulledOptimizer(SteeredOptimizer):
     """Adds the pull kappa (theta - theta0) to the gradients that `optimizer` steps with.
 
     Args:
         optimizer: any torch optimizer that reads `.grad` in `step`.
         layout: which fragments lie in which tensors of `optimizer`.
-        start: theta0, of `starting_weights` with a layout of the same fragments.
+        start: theta0, beside the weights of `layout`.
         kappa: > 0.
         max_norm: the host's clipping threshold; <= 0 where it does not clip.
     """
@@ -58,7 +46,7 @@ class PulledOptimizer(SteeredOptimizer):
         self,
         optimizer: Optimizer,
         layout: Layout,
-        start: dict[str, Tensor],
+        start: Start,
         kappa: float,
         max_norm: float,
     ) -> None:
@@ -66,9 +54,7 @@ class PulledOptimizer(SteeredOptimizer):
         self.start = start
         self.kappa = kappa
         self.max_norm = max_norm
-        self._pieces = {p.name: (b, p) for b in layout.buffers() for p in b.fragments}
         self._armed: tuple[float, float, float, Callable[[], float]] | None = None
-        assert self._pieces.keys() == start.keys()
 
     @torch.no_grad()
     def sums(self, device: torch.device) -> Tensor:
@@ -76,14 +62,9 @@ class PulledOptimizer(SteeredOptimizer):
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for fragment, gradient in self.layout.raw():
             sums[0] += squared_norm([gradient], device)
-            for piece, moved in self._moved(fragment.name, gradient):
+            for piece, moved in self.start.moved(fragment.name, gradient):
                 sums[1] += torch.dot(piece.to(moved.device, torch.float32), moved).to(device)
         return sums
-
-    def squared_distance(self, device: torch.device) -> Tensor:
-        """||theta - theta0||^2 over this rank's fragments as a 0-d fp64 tensor on `device`."""
-        moved = (m for name, theta0 in self.start.items() for _, m in self._moved(name, theta0))
-        return squared_norm(moved, device)
 
     def arm(
         self,
@@ -118,21 +99,7 @@ class PulledOptimizer(SteeredOptimizer):
         )
 
         def change(fragment: Fragment, gradient: Tensor) -> None:
-            for piece, moved in self._moved(fragment.name, gradient):
+            for piece, moved in self.start.moved(fragment.name, gradient):
                 piece.mul_(share.domain).add_(moved, alpha=share.anchor)
 
         return change
-
-    @torch.no_grad()
-    def _moved(self, name: str, beside: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Chunks of `beside`, flat like the fragment, each with its fp32 theta - theta0."""
-        now = _weights(*self._pieces[name])
-        chunks = (flat.split(CHUNK_ELEMENTS) for flat in (beside, now, self.start[name]))
-        for piece, theta, theta0 in zip(*chunks, strict=True):
-            yield piece, theta.float() - theta0.float()
-
-
-def _weights(buffer: Buffer, piece: Fragment) -> Tensor:
-    """The weights of a fragment, flat, where the optimizer steps them."""
-    flat = buffer.parameter.detach().view(-1)
-    return flat[piece.offset : piece.offset + piece.numel]

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from daa_ext.artifact import check_writable
-from daa_ext.l2_init import PulledOptimizer, pull_factor, starting_weights
-from daa_ext.layout import Replicated
+from daa_ext.l2_init import PulledOptimizer, pull_factor
 from daa_ext.report import write_report
-from daa_ext.steered_trainer import SteeredTrainerMixin
-from daa_ext.zero import layout_of
+from daa_ext.start_trainer import StartTrainerMixin
 
 
-class L2InitTrainerMixin(SteeredTrainerMixin):
+class L2InitTrainerMixin(StartTrainerMixin):
     """Full fine-tuning with a penalty on the distance from the base model."""
 
     daa_stage = "l2_init"
@@ -27,16 +25,9 @@ class L2InitTrainerMixin(SteeredTrainerMixin):
         self.ranks.together(lambda: check_writable(Path(self.args.output_dir), "output_dir"))
         self.base_fingerprint = self.base_model_fingerprint()
         self.last_distance = 0.0  # before the latest step
-        if not self.is_deepspeed_enabled:  # else `create_scheduler`
-            self.start = starting_weights(Replicated(self.trainable()))
 
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """The host calls this when the engine is there and a checkpoint has not been loaded."""
-        wrapped = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
-        if self.is_deepspeed_enabled and wrapped is not None:
-            size = (self.ranks.rank, self.ranks.size)
-            self.start = starting_weights(layout_of(wrapped.engine, self.trainable(), *size))
-        return super().create_scheduler(*args, **kwargs)
+    def keeps_start(self) -> bool:
+        return True
 
     def begin(self) -> None:
         super().begin()
@@ -58,11 +49,6 @@ class L2InitTrainerMixin(SteeredTrainerMixin):
     def before_engine_step(self, norm: float, inner: float, factor: Callable[[], float]) -> None:
         self.last_distance = self.distance()
         self.pulled.arm(self.state.global_step, norm, inner, self.last_distance, factor)
-
-    def distance(self) -> float:
-        """||theta - theta0|| of the whole model. Collective."""
-        squared = self.pulled.squared_distance(self.ranks.device)
-        return float(self.ranks.add_up(squared) if self.layout.sharded else squared) ** 0.5
 
     def checkpoint_state(self) -> dict[str, Any]:
         return {}  # theta0 is the base model, which a resumed run loads before the checkpoint
@@ -89,7 +75,6 @@ class L2InitTrainerMixin(SteeredTrainerMixin):
     def _report(self) -> dict[str, Any]:
         distance = self.distance()
         strength = self.daa_run.settings.l2_init_lambda
-        start_bytes = sum(tensor.nbytes for tensor in self.start.values())
         return {
             "stage": "l2_init",
             "total_steps": self.state.max_steps,
@@ -97,6 +82,6 @@ class L2InitTrainerMixin(SteeredTrainerMixin):
             "l2_init_lambda": strength,
             "distance": distance,
             "penalty": strength * distance**2 / self.trained,
-            "start_bytes_per_rank": self.ranks.gather(start_bytes),
+            "start_bytes_per_rank": self.ranks.gather(self.start.nbytes),
             **self.common_report(),
         }

@@ -65,6 +65,11 @@ class SteeredOptimizer:
     def _prepare(self, optimizer: Optimizer) -> None:
         """The gradients are what they will be; the optimizer steps next."""
 
+    def pieces_of(self, optimizer: Optimizer) -> list[Fragment]:
+        """The fragments that lie in what `optimizer` steps now."""
+        stepped = (p for group in optimizer.param_groups for p in group["params"])
+        return [piece for p in stepped for piece in self._buffers[id(p)].fragments]
+
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         stepped = [p for group in optimizer.param_groups for p in group["params"]]

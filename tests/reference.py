@@ -26,6 +26,7 @@ class Settings:
     gga: bool = True
     dc: bool = True
     boost_max: float = inf
+    radius: float = inf  # relative to the norm of the starting weights
 
 
 def batch_gradient(model: torch.nn.Module, samples: Sequence[Sample]) -> Gradients:
@@ -63,13 +64,16 @@ def anneal(
     settings: Settings,
     decayed: Iterable[str] = (),
 ) -> list[dict[str, float]]:
-    """Train `model` in place on one batch per step; returns s_t, c_t and gamma_t of each step.
+    """Train `model` in place on one batch per step; returns s_t, c_t and gamma_t of each step,
+    and the distance from the start before it.
 
     decayed: names of the parameters that the host applies weight decay to.
     """
     total = len(batches)
     first = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     second = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    radius = settings.radius * sqrt(inner(start, start))
     history = []
     for t, batch in enumerate(batches):
         domain = batch_gradient(model, batch)
@@ -81,6 +85,11 @@ def anneal(
         if settings.max_norm > 0:
             factor = min(1.0, settings.max_norm / (sqrt(inner(blend, blend)) + 1e-6))
             blend = {n: factor * g for n, g in blend.items()}
+        moved = {n: p.detach() - start[n] for n, p in model.named_parameters()}
+        distance = sqrt(inner(moved, moved))
+        if distance > radius:  # after the gradient was taken, before the step
+            for n, p in model.named_parameters():
+                p.data = start[n] + radius / distance * moved[n]
         lr = settings.learning_rate * (1 - t / total)
         for name, p in model.named_parameters():
             g = blend[name]
@@ -91,5 +100,6 @@ def anneal(
             decay = settings.weight_decay if name in decayed else 0.0
             with torch.no_grad():
                 p -= lr * decay * p + lr * m_hat / (torch.sqrt(c * v_hat) + settings.eps)
-        history.append({"similarity": s, "correction": c, "gamma": gamma})
+        step = {"similarity": s, "correction": c, "gamma": gamma}
+        history.append({**step, "distance": distance} if settings.radius < inf else step)
     return history

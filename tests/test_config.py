@@ -20,6 +20,7 @@ ALLOWED: dict[str, list[Any]] = {
     "daa_k0": [0, 0.0, 1e-9, 200, 1e6],
     "daa_c0": [1e-9, 0.01, 1, 5.0],
     "daa_boost_max": [1, 1.0, 2.5, 1e6],
+    "daa_radius": [1e-9, 5e-4, 1, 2.0],
     "daa_gga": [True, False],
     "daa_dc": [True, False],
     "daa_force_resume": [True, False],
@@ -35,6 +36,7 @@ FORBIDDEN: dict[str, list[Any]] = {
     "daa_k0": [-1, -1e-9, 10**400, "200", True, False, NAN, INF, -INF, [200]],
     "daa_c0": [0, 0.0, -0.01, "0.01", True, False, NAN, INF, -INF, [0.01]],
     "daa_boost_max": [0, 0.99, -2.0, "2", True, NAN, INF, [2.0]],
+    "daa_radius": [0, 0.0, -1e-4, "1e-4", True, NAN, INF, [1e-4]],
     "daa_gga": [0, 1, "true", "yes", 0.0, [True]],
     "daa_dc": [0, 1, "false", "", 1.0, [True]],
     "daa_force_resume": [0, 1, "true", "", 1.0, [True]],
@@ -85,6 +87,7 @@ def test_defaults_are_the_table_of_the_design() -> None:
         "daa_k0": 200.0,
         "daa_c0": 0.01,
         "daa_boost_max": None,
+        "daa_radius": None,
         "daa_gga": True,
         "daa_dc": True,
         "daa_force_resume": False,
@@ -108,8 +111,8 @@ def test_missing_anchor_says_what_to_write() -> None:
 ALL_KEYS = {"daa_force_resume": True}
 BUILD_KEYS = {"daa_anchor_beta": 0.9, "daa_rank": 8}
 ANNEAL_KEYS: dict[str, Any] = {
-    "daa_k0": 3.0, "daa_c0": 0.1, "daa_boost_max": 2.0, "daa_gga": False, "daa_dc": False,
-    "daa_retention_dataset": "general",
+    "daa_k0": 3.0, "daa_c0": 0.1, "daa_boost_max": 2.0, "daa_radius": 1e-3, "daa_gga": False,
+    "daa_dc": False, "daa_retention_dataset": "general",
 }  # fmt: skip
 AUTO_KEYS = {"daa_anchor_dataset": "general", "daa_anchor_max_samples": 5}
 WITHOUT_EFFECT = [

@@ -11,10 +11,11 @@ from test_laws import batches, float64_model, samples, start
 from torch.nn import Parameter
 from zero_runs import BOUND, OFFLOAD, Config, Jobs, error, sharded, tiny_host, zero
 
-from daa_ext import l2_init
+from daa_ext import start as start_module
 from daa_ext.blend import clip_factor
-from daa_ext.l2_init import PulledOptimizer, pull_factor, starting_weights
+from daa_ext.l2_init import PulledOptimizer, pull_factor
 from daa_ext.layout import Replicated
+from daa_ext.start import Start, starting_weights
 
 CPU = torch.device("cpu")
 STRONG = 3e4  # kappa is about 0.5 at the tiny models' 1.2e5 weights
@@ -43,13 +44,13 @@ def test_one_step_equals_the_clipped_sum(
     monkeypatch: pytest.MonkeyPatch, chunk: int, max_norm: float, missing: tuple[str, ...]
 ) -> None:
     """SGD with rate 1 shows the gradient it was given. A missing gradient is zero."""
-    monkeypatch.setattr(l2_init, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(start_module, "CHUNK_ELEMENTS", chunk)
     torch.manual_seed(0)
     model = {name: Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
     layout = Replicated(list(model.items()))
     theta0 = starting_weights(layout)
     optimizer = torch.optim.SGD(model.values(), lr=1.0)
-    pulled = PulledOptimizer(optimizer, layout, theta0, 0.3, max_norm)
+    pulled = PulledOptimizer(optimizer, layout, Start(layout, theta0), 0.3, max_norm)
     for p in model.values():
         p.data += torch.randn(p.shape)
     gradients = {n: torch.randn(p.shape) * (n not in missing) for n, p in model.items()}
@@ -61,7 +62,7 @@ def test_one_step_equals_the_clipped_sum(
         p.grad = None if n in missing else factor * gradients[n]
     squared, inner = pulled.sums(CPU).tolist()
     assert squared**0.5 == pytest.approx(factor * norm, rel=1e-5)
-    length = float(pulled.squared_distance(CPU)) ** 0.5
+    length = float(pulled.start.squared_distance(CPU)) ** 0.5
     assert length**2 == pytest.approx(sum(float(d.square().sum()) for d in moved.values()))
     pulled.arm(0, norm, inner / factor, length, lambda: factor)
     optimizer.step()
@@ -77,7 +78,7 @@ def test_a_step_that_was_not_armed_is_an_error() -> None:
     p = Parameter(torch.randn(3))
     layout = Replicated([("p", p)])
     optimizer = torch.optim.SGD([p], lr=1.0)
-    PulledOptimizer(optimizer, layout, starting_weights(layout), 0.3, 0.0)
+    PulledOptimizer(optimizer, layout, Start(layout, starting_weights(layout)), 0.3, 0.0)
     p.grad = torch.ones(3)
     with pytest.raises(AssertionError, match="use_l2_init would not run"):
         optimizer.step()

@@ -86,6 +86,7 @@ def test_law_1_with_8_bit_adam(host: Host) -> None:
         ("decay", {"weight_decay": 0.1}, {"weight_decay": 0.1}),
         ("capped", {"daa_k0": 20.0}, {"daa_k0": 20.0}),
         ("boost", {"daa_boost_max": 1.5}, {"boost_max": 1.5}),
+        ("radius", {"daa_radius": 1e-2}, {"radius": 1e-2}),
         ("no boost", {"daa_boost_max": 1}, {"boost_max": 1.0}),
         (
             "accumulated",
@@ -134,6 +135,24 @@ def test_a_cap_on_the_boost_that_is_never_reached_has_no_effect(host: Host) -> N
             assert step["effective_lr"] == pytest.approx(rate / step["correction"] ** 0.5)
         assert report(runs[value])["boost_max"] == value
     assert report(runs[None])["boost_max"] is None
+
+
+def test_a_radius_holds_and_one_that_is_never_reached_has_no_effect(host: Host) -> None:
+    host.anchor()
+    runs = {value: host.run(host.daa(f"run{value}", "anneal", daa_radius=value))
+            for value in (None, 1e3, 1e-2)}  # fmt: skip
+    assert same(weights(runs[None]), weights(runs[1e3]))
+    assert report(runs[None])["radius"] is None
+    assert report(runs[1e3])["steps_held"] == 0
+    held = report(runs[1e-2])
+    norm = sum(float(w.double().square().sum()) for w in start(host).values()) ** 0.5
+    assert held["radius"] == pytest.approx(1e-2 * norm)
+    assert 0 < held["steps_held"] < held["total_steps"]
+    free = report(runs[1e3])
+    assert held["distance"] < 1.3 * held["radius"] < free["distance"], "and the last step"
+    gone = weights(runs[1e-2])
+    moved = sum(float((gone[n] - w).double().square().sum()) for n, w in start(host).items())
+    assert held["distance"] == pytest.approx(moved**0.5, rel=1e-4)
 
 
 def test_law_2_low_rank_anchor_is_the_truncated_one(host: Host) -> None:
