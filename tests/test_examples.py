@@ -30,6 +30,7 @@ DAA = {
     "ablation_all": ("auto", True, True),
     "daa_talr": ("auto", True, True),
     "daa_boost_cap": ("auto", True, True),
+    "daa_radius": ("auto", True, True),
 }
 # stem -> (finetuning_type, the host's switches that are on)
 BASELINES: dict[str, tuple[str, set[str]]] = {

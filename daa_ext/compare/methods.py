@@ -58,6 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "daa_no_dc": {"kind": "daa", "keys": {"daa_dc": False}},
     "daa_no_gga": {"kind": "daa", "keys": {"daa_gga": False}},
     "daa_boost_cap": {"kind": "daa", "keys": {"daa_boost_max": 2.0}},
+    "daa_radius": {"kind": "daa", "keys": {"daa_radius": 5e-4}},
     "daa_replay_1": {"kind": "daa", "general_share": 0.01},
     "wise": {"kind": "wise", "of": "direct", "alpha": [0.1, 0.3, 0.5, 0.7, 0.9]},
     "control": {"kind": "control", "of": "daa"},
