@@ -117,7 +117,8 @@ def table(out: Path) -> str:
         path = out / slug(name) / "score.json"
         if path.exists():
             sets = json.loads(path.read_text())["sets"]
-            values = [sets["finance"]["accuracy"], *(sets[each]["loss"] for each in SETS[1:])]
+            values = [sets["finance"]["metrics"]["accuracy"]]
+            values += [sets[each]["metrics"]["loss"] for each in SETS[1:]]
             rows.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
     return "\n".join(rows)
 
