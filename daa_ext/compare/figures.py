@@ -15,6 +15,7 @@ from daa_ext.compare.summary import Summary
 from daa_ext.compare.table import Point, Table
 
 MARKERS = "osD^vP*X<>hp"
+NEAR = 0.05  # differences of losses below this are on a linear scale
 
 
 def draw_all(table: Table, summaries: Mapping[str, Summary], folder: Path) -> list[str]:
@@ -36,10 +37,14 @@ def draw_all(table: Table, summaries: Mapping[str, Summary], folder: Path) -> li
 
 
 def trade_off(table: Table, domain: str) -> Figure:
-    """S_D against S_G, and against the general losses: one curve per method, the Pareto front."""
+    """S_D against S_G, and against the general losses: one curve per method, the Pareto front.
+
+    The mean loss is shown less the base's, near 0 on a linear and beyond on a logarithmic scale.
+    """
     losses = _losses(table)
-    figure, axes = _panels(2 if losses else 1)
+    figure, axes = _panels(2 if losses else 1, len(table.rows) + 2)
     base = table.base(domain)
+    start = (_loss(base, losses) if base is not None and losses else None) or 0.0
     for axis in axes:
         axis.set_xlabel(f"S_D ({domain})")
         axis.grid(alpha=0.3)
@@ -58,20 +63,19 @@ def trade_off(table: Table, domain: str) -> Figure:
         everything += curve
         if curve:
             axes[0].plot(*zip(*curve, strict=True), **style)
-        if losses and (curve := _means(points, lambda point: _loss(point, losses))):
+        if losses and (curve := _means(points, lambda point: _loss(point, losses, start))):
             axes[1].plot(*zip(*curve, strict=True), **style)
     front = stats.pareto_front(everything)
     if front:
         axes[0].plot(*zip(*front, strict=True), "k--", linewidth=1, alpha=0.6, label="Pareto front")
     if base is not None and base.is_scored:
-        start = _domain(base)
-        axes[0].plot([start], [_general(base)], "k*", markersize=13, label="base")
-        if losses and (loss := _loss(base, losses)) is not None:
-            axes[1].plot([start], [loss], "k*", markersize=13)
-            axes[1].axhline(loss, color="k", linewidth=0.6, linestyle=":")
+        axes[0].plot([_domain(base)], [_general(base)], "k*", markersize=13, label="base")
+        if losses:
+            axes[1].plot([_domain(base)], [0.0], "k*", markersize=13)
     if losses:
-        axes[1].set_ylabel(f"mean loss of {', '.join(losses)} (log scale)")
-        axes[1].set_yscale("log")
+        axes[1].axhline(0.0, color="k", linewidth=0.6, linestyle=":")
+        axes[1].set_ylabel(f"mean loss of {', '.join(losses)}, less the base's")
+        axes[1].set_yscale("symlog", linthresh=NEAR)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center",
                   fontsize="small")  # fmt: skip
     return figure
@@ -81,7 +85,7 @@ def forgetting(table: Table, domain: str, summary: Summary) -> Figure:
     """Losses on the curves' sets over the steps, each method at its best rate."""
     histories = {row["row"]: _history(table, domain, row) for row in summary["rows"]}
     keys = sorted({key for rows in histories.values() for row in rows for key in _eval_keys(row)})
-    figure, axes = _panels(len(keys))
+    figure, axes = _panels(len(keys), len(histories))
     for axis, key in zip(axes, keys, strict=True):
         for index, (name, rows) in enumerate(histories.items()):
             found = [(row["step"], row[key]) for row in rows if key in row]
@@ -101,7 +105,9 @@ def forgetting(table: Table, domain: str, summary: Summary) -> Figure:
 
 def similarity(table: Table, summaries: Mapping[str, Summary], folder: Path) -> Figure | None:
     """s_t over the run, one line per domain and DAA method (DAA paper, fig. 5)."""
-    figure, axes = _panels(1)
+    anchored = [row for summary in summaries.values() for row in summary["rows"]
+                if KINDS[row["kind"]].anchored]  # fmt: skip
+    figure, axes = _panels(1, len(anchored))
     for domain, summary in summaries.items():
         for row in summary["rows"]:
             if not KINDS[row["kind"]].anchored:
@@ -120,7 +126,8 @@ def similarity(table: Table, summaries: Mapping[str, Summary], folder: Path) -> 
     axes[0].set_ylabel("similarity s_t (log scale)")
     axes[0].set_yscale("log")
     axes[0].grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center",
+                  fontsize="small")  # fmt: skip
     return figure
 
 
@@ -183,8 +190,10 @@ def _losses(table: Table) -> list[str]:
     return [each.name for each in table.experiment.general if each.kind == "loss"]
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5.2 * count + 2.2, 4.6), layout="constrained")
+def _panels(count: int, legend: int = 0) -> tuple[Figure, list[Axes]]:
+    """Axes side by side, high enough for a legend of so many lines beside them."""
+    height = max(4.6, 0.21 * legend + 0.5)
+    figure = Figure(figsize=(5.2 * count + 2.2, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, count, squeeze=False).flat)
 
@@ -218,9 +227,10 @@ def _general(point: Point) -> float:
     return score
 
 
-def _loss(point: Point, names: Sequence[str]) -> float | None:
+def _loss(point: Point, names: Sequence[str], start: float = 0.0) -> float | None:
+    """Mean loss less `start`; None where one of them gave no number."""
     found = [point.sets[name]["loss"] for name in names if "loss" in point.sets.get(name, {})]
-    return stats.mean(found) if len(found) == len(names) else None
+    return stats.mean(found) - start if len(found) == len(names) else None
 
 
 def _best_points(table: Table, domain: str, row: Summary) -> list[Point]:
