@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score
 
 Items = Sequence[Mapping[str, Any]]
 Pair = tuple[float, float]
+ROUNDING = 1e-12  # of scores and losses, which are of the order of 1
 
 
 def harmonic(domain: float, general: float) -> float:
@@ -85,11 +86,12 @@ def pareto_front(points: Iterable[Pair]) -> list[Pair]:
 def paired_test(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float | None:
     """p of the paired t test over the seeds that both have; None for fewer than two.
 
-    Also None where all differences are one and the same number: the test has no spread to use.
+    Also None where all differences are one and the same number but for rounding: the test has no
+    spread to use.
     """
     seeds = sorted(ours.keys() & theirs.keys())
-    differences = {ours[seed] - theirs[seed] for seed in seeds}
-    if len(seeds) < 2 or len(differences) < 2:
+    differences = [ours[seed] - theirs[seed] for seed in seeds]
+    if len(seeds) < 2 or max(differences) - min(differences) < ROUNDING:
         return None
     return float(ttest_rel([ours[s] for s in seeds], [theirs[s] for s in seeds]).pvalue)
 
