@@ -133,7 +133,7 @@ def _domain(table: Table, domain: str, summary: Summary) -> Iterable[str]:
                 [row["row"], _place(row), len(row["seeds"]),
                  *(_spread(row["scores"][name]) for name in SCORES),
                  _signed(row["change"]["S_D"]), _signed(row["change"]["S_G"]),
-                 _f(row["tests"]["S"]["paired"]), _f(row["tests"]["S"]["welch"])]
+                 _p(row["tests"]["S"]["paired"]), _p(row["tests"]["S"]["welch"])]
                 for row in rows
             ),
         ],
@@ -225,7 +225,11 @@ def _spread(found: Summary | None) -> str:
 def _difference(found: Summary | None) -> str:
     if not found:
         return "-"
-    return f"{found['mean']:+.3f} +- {found['sd']:.3f} (p {_f(found['paired'])})"
+    return f"{found['mean']:+.3f} +- {found['sd']:.3f} (p {_p(found['paired'])})"
+
+
+def _p(value: float | None) -> str:
+    return "< 0.001" if value is not None and value < 0.001 else _f(value)
 
 
 def _rate(value: float | None) -> str:
