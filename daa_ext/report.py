@@ -42,8 +42,9 @@ def write_report(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_steps(folder: Path, records: Sequence[StepRecord]) -> None:
-    """Write one JSON line per optimizer step."""
-    lines = [json.dumps(asdict(record)) + "\n" for record in records]
+    """Write one JSON line per optimizer step: the fields that it measured."""
+    found = ({k: v for k, v in asdict(record).items() if v is not None} for record in records)
+    lines = [json.dumps(fields) + "\n" for fields in found]
     (folder / STEPS).write_text("".join(lines))
 
 
