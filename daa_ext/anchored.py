@@ -183,7 +183,8 @@ class AnchoredOptimizer(SteeredOptimizer):
         assert self.last.distance is not None
         factor = leash.factor(self.last.distance)
         if factor < 1.0:
-            for piece in self.pieces_of(optimizer):
+            stepped = (p for group in optimizer.param_groups for p in group["params"])
+            for piece in self.pieces_in(stepped):
                 leash.start.draw_back(piece.name, factor)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -177,7 +177,7 @@ class AnnealTrainerMixin(CardTrainerMixin, StartTrainerMixin):
             "boost_max": settings.daa_boost_max,
             "radius": leash.radius if leash is not None else None,
             "distance": self.distance() if leash is not None else None,
-            "steps_held": self._steps_held() if leash is not None else None,
+            "steps_held": self._steps_held(),
             "gga": rule.gga,
             "dc": rule.dc,
             "total_pull": total_pull(rule.total_steps, rule.k0) if rule.gga else 0.0,
@@ -197,11 +197,13 @@ class AnnealTrainerMixin(CardTrainerMixin, StartTrainerMixin):
             **self.common_report(),
         }
 
-    def _steps_held(self) -> int:
-        """At how many steps the radius drew the weights back."""
+    def _steps_held(self) -> int | None:
+        """At how many steps the radius drew the weights back; None without one."""
         leash = self.anchored.leash
-        gone = [record.distance for record in self.records if record.distance is not None]
-        return sum(leash.factor(distance) < 1.0 for distance in gone) if leash is not None else 0
+        if leash is None:
+            return None
+        gone = (record.distance for record in self.records if record.distance is not None)
+        return sum(leash.factor(distance) < 1.0 for distance in gone)
 
     def _warn_of_schedule(self, total: int) -> None:
         if self.args.lr_scheduler_type != "linear" or self.args.get_warmup_steps(total) > 0:

@@ -5,7 +5,7 @@ wrapper of the hosts, so the user keeps the optimizer. What is changed, and into
 subclass's: `anchored` brings the anchor, `l2_init` the pull to the starting weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -65,10 +65,9 @@ class SteeredOptimizer:
     def _prepare(self, optimizer: Optimizer) -> None:
         """The gradients are what they will be; the optimizer steps next."""
 
-    def pieces_of(self, optimizer: Optimizer) -> list[Fragment]:
-        """The fragments that lie in what `optimizer` steps now."""
-        stepped = (p for group in optimizer.param_groups for p in group["params"])
-        return [piece for p in stepped for piece in self._buffers[id(p)].fragments]
+    def pieces_in(self, stepped: Iterable[Tensor]) -> Iterator[Fragment]:
+        """The fragments that lie in these tensors of the optimizer."""
+        return (piece for p in stepped for piece in self._buffers[id(p)].fragments)
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -98,8 +97,7 @@ class SteeredOptimizer:
         self._prepare(optimizer)
         if self._step == self._first_step:
             touched = reached if change is None else stepped
-            pieces = (piece for p in touched for piece in self._buffers[id(p)].fragments)
-            self.touched_elements += sum(piece.numel for piece in pieces)
+            self.touched_elements += sum(piece.numel for piece in self.pieces_in(touched))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The weights of these buffers have moved."""

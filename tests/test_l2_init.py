@@ -9,7 +9,7 @@ from host import Host, distance, report, same, weights
 from reference import Gradients, Sample, batch_gradient
 from test_laws import batches, float64_model, samples, start
 from torch.nn import Parameter
-from zero_runs import BOUND, OFFLOAD, Config, Jobs, error, sharded, tiny_host, zero
+from zero_runs import BOUND, RESUMED, SAVING, STAGES, Config, Jobs, error, sharded, tiny_host
 
 from daa_ext import start as start_module
 from daa_ext.blend import clip_factor
@@ -19,7 +19,6 @@ from daa_ext.start import Start, starting_weights
 
 CPU = torch.device("cpu")
 STRONG = 3e4  # kappa is about 0.5 at the tiny models' 1.2e5 weights
-SAVING: Config = {"save_strategy": "steps", "save_steps": 1}
 
 
 # by hand
@@ -193,11 +192,6 @@ def test_daa_with_the_penalty_is_refused(host: Host) -> None:
 
 # several ranks
 
-STAGES = {
-    "ddp": None, "z0": zero(0), "z1": zero(1), "z2": zero(2, round_robin_gradients=True),
-    "z3": zero(3), "z2-offload": zero(2, **OFFLOAD), "z3-offload": zero(3, **OFFLOAD),
-}  # fmt: skip
-RESUMED = ("z2", "z3")
 PULLED: Config = {
     "finetuning_type": "full", "use_l2_init": True, "l2_init_lambda": STRONG, "max_grad_norm": 0.3,
 }  # fmt: skip
@@ -207,14 +201,7 @@ PULLED: Config = {
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     host = tiny_host(tmp_path_factory.mktemp("l2"), num_hidden_layers=2)
     jobs = Jobs(host, 2)
-    for name, config in STAGES.items():  # DDP first: accelerate does not forget DeepSpeed
-        changes: Config = {**PULLED, **SAVING}
-        if name in ("z1", "z3"):
-            changes["gradient_accumulation_steps"] = 4
-        jobs.add(name, config, **changes)
-        if name in RESUMED:
-            changes["resume_from_checkpoint"] = str(host.folder / name / "checkpoint-1")
-            jobs.add(f"{name}-again", config, **changes)
+    jobs.add_stages(1, **PULLED)
     for name in ("z0", "z3"):
         jobs.add(f"{name}-bf16", STAGES[name], **PULLED, bf16=True, use_cpu=True)
     return jobs.run()

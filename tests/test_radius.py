@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 from host import report, same, steps, weights
-from test_l2_init import RESUMED, SAVING, STAGES
-from zero_runs import BOUND, Config, Jobs, error, sharded, tiny_host
+from zero_runs import BOUND, RESUMED, SAVING, STAGES, Config, Jobs, error, sharded, tiny_host
 
 pytestmark = pytest.mark.distributed
 HELD: Config = {"daa_radius": 3e-3, "max_grad_norm": 0.3}
@@ -15,14 +14,7 @@ HELD: Config = {"daa_radius": 3e-3, "max_grad_norm": 0.3}
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     jobs = Jobs(tiny_host(tmp_path_factory.mktemp("radius"), num_hidden_layers=2), 2)
-    for name, config in STAGES.items():  # DDP first: accelerate does not forget DeepSpeed
-        changes: Config = {**HELD, **SAVING}
-        if name in ("z1", "z3"):
-            changes["gradient_accumulation_steps"] = 4
-        jobs.add(name, config, **changes)
-        if name in RESUMED:
-            changes["resume_from_checkpoint"] = str(jobs.host.folder / name / "checkpoint-2")
-            jobs.add(f"{name}-again", config, **changes)
+    jobs.add_stages(2, **HELD)
     jobs.add("z3-bf16", STAGES["z3"], **HELD, bf16=True, use_cpu=True)
     changes = {**HELD, **SAVING, "daa_radius": 1e-2}
     changes["resume_from_checkpoint"] = str(jobs.host.folder / "z2" / "checkpoint-2")

@@ -91,6 +91,14 @@ CLIPPING: dict[str, Config] = {
 }
 
 
+STAGES = {
+    "ddp": None, "z0": zero(0), "z1": zero(1), "z2": zero(2, round_robin_gradients=True),
+    "z3": zero(3), "z2-offload": zero(2, **OFFLOAD), "z3-offload": zero(3, **OFFLOAD),
+}  # fmt: skip
+RESUMED = ("z2", "z3")  # of these stages
+SAVING: Config = {"save_strategy": "steps", "save_steps": 1}
+
+
 @dataclass
 class Jobs:
     """Runs that share one start of `count` ranks."""
@@ -102,6 +110,20 @@ class Jobs:
 
     def add(self, name: str, config: Config | None, **changes: Any) -> None:
         self.arguments[name] = sharded(self.host, name, self.count, config, **changes)
+
+    def add_stages(self, resume_at: int, **changes: Any) -> None:
+        """A run of each of STAGES; of RESUMED ones a second, NAME-again, from that step on.
+
+        DDP comes first: accelerate does not forget DeepSpeed.
+        """
+        for name, config in STAGES.items():
+            own: Config = {**changes, **SAVING}
+            if name in ("z1", "z3"):
+                own["gradient_accumulation_steps"] = 4
+            self.add(name, config, **own)
+            if name in RESUMED:
+                checkpoint = self.host.folder / name / f"checkpoint-{resume_at}"
+                self.add(f"{name}-again", config, resume_from_checkpoint=str(checkpoint), **own)
 
     def run(self, **environment: str) -> "Jobs":
         """Run them all; a job may fail, see `out`."""

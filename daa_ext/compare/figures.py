@@ -76,8 +76,7 @@ def trade_off(table: Table, domain: str) -> Figure:
         axes[1].axhline(0.0, color="k", linewidth=0.6, linestyle=":")
         axes[1].set_ylabel(f"mean loss of {', '.join(losses)}, less the base's")
         axes[1].set_yscale("symlog", linthresh=NEAR)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center",
-                  fontsize="small")  # fmt: skip
+    _legend(figure, axes[0])
     return figure
 
 
@@ -98,8 +97,7 @@ def forgetting(table: Table, domain: str, summary: Summary) -> Figure:
         axis.set_xlabel("optimizer step")
         axis.set_ylabel("loss, held out")
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center",
-                  fontsize="small")  # fmt: skip
+    _legend(figure, axes[0])
     return figure
 
 
@@ -126,8 +124,7 @@ def similarity(table: Table, summaries: Mapping[str, Summary], folder: Path) -> 
     axes[0].set_ylabel("similarity s_t (log scale)")
     axes[0].set_yscale("log")
     axes[0].grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center",
-                  fontsize="small")  # fmt: skip
+    _legend(figure, axes[0])
     return figure
 
 
@@ -196,6 +193,12 @@ def _panels(count: int, legend: int = 0) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(5.2 * count + 2.2, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, count, squeeze=False).flat)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    """The legend of `axis`, beside all axes."""
+    labelled = axis.get_legend_handles_labels()
+    figure.legend(*labelled, loc="outside right center", fontsize="small")
 
 
 def _save(figure: Figure, folder: Path, name: str) -> str:
